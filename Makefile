@@ -1,0 +1,58 @@
+# make test    everything a change must pass; installs what tests need (Debian) and says so
+# make long    the same tests with PORTAL_LONG=1, and a minute for each fuzz target
+# make bench   side by side: nothing, plain forwarders, ssh -L, portal
+# make build   bin/portal, static
+
+GO       ?= go
+FUZZTIME ?= 2s
+PACKAGES ?= ./...
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+# A clone that belongs to somebody else must build too: git refuses to describe it, and the
+# go command would fail on that. The version goes in by -ldflags instead.
+export GOFLAGS := $(strip $(shell $(GO) env GOFLAGS) -buildvcs=false)
+GOFMT   = $(shell $(GO) env GOROOT)/bin/gofmt
+
+.PHONY: build test long bench needs check format vet staticcheck unit fuzz clean
+.NOTPARALLEL:
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -tags urfave_cli_no_docs -ldflags '-s -w -X main.version=$(VERSION)' -o bin/portal ./cmd/portal
+
+test: needs check unit fuzz
+	@echo 'make test: passed'
+
+# The limit is a package's: figures in docs/figures.md say which of them take how long.
+long: needs check
+	PORTAL_LONG=1 $(GO) test -race -shuffle=on -count=1 -timeout 6h $(PACKAGES)
+	FUZZTIME=60s GO='$(GO)' .ci/fuzz $(PACKAGES)
+	@echo 'make long: passed'
+
+bench:
+	.ci/needs bench
+	$(GO) run ./tests/bench -o bench.json
+
+needs:
+	.ci/needs test
+
+check: format vet staticcheck
+
+# gofmt -l exits 0 when it lists files, and lists none when it cannot parse one: look at both.
+format:
+	@echo 'gofmt -l .'
+	@files=$$($(GOFMT) -l .) && if [ -n "$$files" ]; then echo "gofmt would change:"; echo "$$files"; exit 1; fi
+
+vet:
+	$(GO) vet $(PACKAGES)
+
+staticcheck:
+	$(GO) tool -modfile=tools/go.mod staticcheck $(PACKAGES)
+
+unit:
+	$(GO) test -race -shuffle=on -timeout 10m $(PACKAGES)
+
+fuzz:
+	FUZZTIME=$(FUZZTIME) GO='$(GO)' .ci/fuzz $(PACKAGES)
+
+clean:
+	rm -rf bin bench.json
