@@ -1,0 +1,60 @@
+package process
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Portal is a built portal command.
+type Portal struct{ Path string }
+
+// BuildPortal builds cmd/portal, as it is shipped, into dir.
+func BuildPortal(ctx context.Context, dir string) (*Portal, error) {
+	p := &Portal{Path: filepath.Join(dir, "portal")}
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags", "urfave_cli_no_docs",
+		"-o", p.Path, "github.com/portal-tunnel/portal/cmd/portal")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("building portal: %w\n%s", err, out)
+	}
+	return p, nil
+}
+
+// Start starts a long-running portal command on a home.
+func (p *Portal) Start(home string, args ...string) (*Process, error) {
+	cmd := exec.Command(p.Path, append([]string{"--home", home}, args...)...)
+	cmd.Env = Environ()
+	return Start("portal "+strings.Join(args[:min(len(args), 2)], " "), cmd)
+}
+
+// Run runs a portal command on a home to its end and returns what it printed on stdout; its stderr
+// is in the error.
+func (p *Portal) Run(ctx context.Context, home string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, p.Path, append([]string{"--home", home}, args...)...)
+	cmd.Env = Environ()
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("portal %s: %w\n%s", strings.Join(args, " "), err, &stderr)
+	}
+	return stdout.String(), nil
+}
+
+// Environ is the environment without what the commands and PostgreSQL's clients would take from it:
+// a run must not depend on who runs it.
+func Environ() []string {
+	return slices.DeleteFunc(os.Environ(), func(v string) bool {
+		for _, name := range []string{"PORTAL_", "PG", "NOTIFY_SOCKET=", "STATE_DIRECTORY="} {
+			if strings.HasPrefix(v, name) {
+				return true
+			}
+		}
+		return false
+	})
+}
