@@ -20,7 +20,7 @@ const (
 	maxAttributeBytes = 3 << 10 // all of them, encoded
 )
 
-// Reserved lists the attribute names that have a meaning of their own. An
+// reserved lists the attribute names that have a meaning of their own. An
 // authority's operator sets name, serve and relay by flags of their own; id,
 // authority and node are what a verifier itself observed, and no credential
 // contains them.
