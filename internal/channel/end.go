@@ -1,0 +1,360 @@
+package channel
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+const (
+	// A ping goes out every pingEvery; a peer that has sent nothing at all for
+	// deadAfter is dead. Two pings fit in between, so one lost tick is forgiven.
+	pingEvery = 10 * time.Second
+	deadAfter = 25 * time.Second
+	lookEvery = 5 * time.Second
+
+	// closeTime is how long whoever closes first goes on reading, so that the
+	// other end's last bytes and its close are not thrown away by a reset.
+	closeTime = 2 * time.Second
+)
+
+var (
+	// ErrCut is why a channel ended whose lane ended without an authenticated
+	// close: the connection was cut, by whomever.
+	ErrCut = errors.New("the connection was cut")
+	// ErrDead is why a channel ended whose other end fell silent.
+	ErrDead = errors.New("nothing was heard from the other end for 25 s")
+	// ErrClosed is why a channel ended that this end closed in good order.
+	ErrClosed = errors.New("the channel is closed")
+)
+
+// Handler takes the frames of all streams, on the lane reader's goroutine. It
+// must not wait. A body is valid until the Flush that follows it returns.
+type Handler interface {
+	Frame(kind uint8, stream uint32, body []byte) error
+	Flush() error
+}
+
+// End is one end of a confirmed channel. Run owns the incoming direction, the
+// sealer the outgoing one; everything else may be called from anywhere.
+type End struct {
+	sealer
+	lane   net.Conn
+	config *Config
+	peer   *identity.Peer
+	bind   [32]byte
+	opener *routing.Actor
+	in     *records // the lane reader's
+
+	rtt      atomic.Int64 // of the last ping, or of the handshake
+	heard    atomic.Int64 // time since begin when bytes last came in
+	begin    time.Time
+	pinged   time.Duration // the tick's
+	tick     *time.Timer
+	unlisten func()
+
+	once    sync.Once
+	done    chan struct{} // closed when err is set
+	why     error
+	closing atomic.Bool // our own close is queued
+	theirs  atomic.Bool // their close has been read
+}
+
+func newEnd(o *opening) (*End, error) {
+	c := o.config
+	if c.Node == nil {
+		return nil, errors.New("channel: no node for its actors")
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	e := &End{
+		lane: o.lane, config: c, peer: o.peer, bind: o.binding, in: o.in,
+		begin: time.Now(), done: make(chan struct{}),
+	}
+	e.rtt.Store(int64(o.rtt))
+	e.sealer.lane, e.sealer.records, e.sealer.fail = o.lane, o.out, e.fail
+	e.sealer.slots = make(map[uint64]int)
+	e.sealer.sent = make(chan struct{})
+	e.sealer.budget.Store(buffer.Batch)
+	setLane(o.lane)
+	var err error
+	if e.sealer.actor, err = c.Node.Spawn("", &e.sealer, nil); err != nil {
+		return nil, err
+	}
+	if e.opener, err = c.Node.Spawn("", opener{}, nil); err != nil {
+		e.sealer.actor.Stop(err)
+		return nil, err
+	}
+	e.tick = time.AfterFunc(lookEvery, e.look)
+	e.unlisten = c.Self.OnChange(e.showCredential)
+	return e, nil
+}
+
+// opener is the actor that stands for a channel's incoming direction. Its
+// bytes come by the lane reader; by message nobody reaches it.
+type opener struct{}
+
+func (opener) Receive(*routing.Actor, *routing.Message) error { return nil }
+
+// Peer is the identity at the other end, live.
+func (e *End) Peer() *identity.Peer { return e.peer }
+
+// Binding is the handshake's hash h: the same at both ends, and of no other
+// channel (Noise rev. 34, §11.2).
+func (e *End) Binding() [32]byte { return e.bind }
+
+// RTT is the last measured round trip through the channel.
+func (e *End) RTT() time.Duration { return time.Duration(e.rtt.Load()) }
+
+// Aged says that the soft limit of a key is behind and a successor is due.
+func (e *End) Aged() bool { return e.aged.Load() }
+
+// Done is closed when the channel has ended; Err then says why.
+func (e *End) Done() <-chan struct{} { return e.done }
+
+// Err is nil until the channel has ended.
+func (e *End) Err() error {
+	select {
+	case <-e.done:
+		return e.why
+	default:
+		return nil
+	}
+}
+
+// fail ends the channel at once. The first reason stays.
+func (e *End) fail(err error) {
+	e.once.Do(func() {
+		e.why = err
+		e.unlisten()
+		e.tick.Stop()
+		e.sealer.stop(err)
+		e.lane.Close() // frees the lane reader and a blocked write
+		e.sealer.actor.Stop(err)
+		e.opener.Stop(err)
+		close(e.done)
+	})
+}
+
+// Abort tells the other end why and ends the channel without waiting for it.
+func (e *End) Abort(code CloseCode, reason error) {
+	if e.closing.Swap(true) {
+		return
+	}
+	e.finish(appendClose(nil, code, reason.Error()))
+	time.AfterFunc(closeTime, func() { e.fail(reason) })
+}
+
+// Close ends the channel in good order: what is queued goes out, then an
+// authenticated close; then the other end's close is awaited, at most two
+// seconds. Run must be running.
+func (e *End) Close() error {
+	if !e.closing.Swap(true) {
+		e.finish(appendClose(nil, CloseDone, ""))
+	}
+	t := time.NewTimer(closeTime)
+	defer t.Stop()
+	select {
+	case <-e.done:
+	case <-t.C:
+		e.fail(ErrClosed)
+	}
+	return nil
+}
+
+// look runs every five seconds: it pings, and ends a channel whose other end
+// has been silent for too long.
+func (e *End) look() {
+	now := time.Since(e.begin)
+	if now-time.Duration(e.heard.Load()) > deadAfter {
+		e.fail(ErrDead)
+		return
+	}
+	if now-e.pinged >= pingEvery {
+		e.pinged = now
+		var frame [frameHeader + 8]byte
+		b := AppendHeader(frame[:0], kindPing, 0, 8)
+		b = binary.BigEndian.AppendUint64(b, uint64(now))
+		e.Control(kindPing, b)
+	}
+	e.tick.Reset(lookEvery)
+}
+
+// Ping measures the round trip now; RTT has it when the answer is in.
+func (e *End) Ping() {
+	b := AppendHeader(nil, kindPing, 0, 8)
+	e.Control(kindPing, binary.BigEndian.AppendUint64(b, uint64(time.Since(e.begin))))
+}
+
+// showCredential sends a renewed credential into the open channel.
+func (e *End) showCredential() {
+	e.Control(kindCredential, appendConfirm(nil, kindCredential, e.config.Self))
+}
+
+// Run reads the lane until the channel ends and returns why. It is the only
+// reader, on the caller's goroutine.
+func (e *End) Run(h Handler) error {
+	err := e.read(h)
+	if err == nil { // their close: answer it, then it is over
+		if !e.closing.Swap(true) {
+			e.finish(appendClose(nil, CloseDone, ""))
+		}
+		e.flushed()
+		err = ErrClosed
+	} else if closed := (*Closed)(nil); errors.As(err, &closed) {
+		// Nothing to add: the other end has given up the lane.
+	} else if e.theirs.Load() || errors.Is(err, ErrCut) {
+		// Nobody is there to be told.
+	} else if e.Err() == nil && !e.closing.Swap(true) {
+		code := CloseProtocol
+		if abuse := (interface{ Abuse() bool })(nil); errors.As(err, &abuse) {
+			code = CloseAbuse
+		}
+		e.finish(appendClose(nil, code, ""))
+		e.flushed()
+	}
+	e.fail(err)
+	return e.Err()
+}
+
+// flushed waits until the close is written, at most as long as a close may
+// take; a lane that takes nothing is then given up.
+func (e *End) flushed() {
+	t := time.NewTimer(closeTime)
+	defer t.Stop()
+	select {
+	case <-e.sent:
+	case <-t.C:
+	}
+}
+
+func (e *End) read(h Handler) error {
+	in := newLaneReader(e.lane)
+	defer in.release()
+	for {
+		if err := in.fill(); err != nil {
+			if e.closing.Load() && errors.Is(err, io.EOF) {
+				return ErrClosed
+			}
+			if why := e.Err(); why != nil {
+				return why
+			}
+			return fmt.Errorf("%w: %w", ErrCut, err)
+		}
+		e.heard.Store(int64(time.Since(e.begin)))
+		for {
+			rec, err := in.record()
+			if err != nil {
+				return err
+			}
+			if rec == nil {
+				break
+			}
+			plain, err := e.in.open(rec)
+			if err != nil {
+				return err
+			}
+			ended, err := e.frames(plain, h)
+			if err == nil && ended {
+				err = h.Flush()
+				if err == nil {
+					return nil
+				}
+			}
+			if err != nil {
+				h.Flush()
+				return err
+			}
+		}
+		if err := h.Flush(); err != nil {
+			return err
+		}
+	}
+}
+
+// frames hands on each frame of a record. It reports whether the last one was
+// the other end's close.
+func (e *End) frames(plain []byte, h Handler) (ended bool, err error) {
+	for len(plain) > 0 {
+		kind, stream, body, rest, err := cutFrame(plain)
+		if err != nil {
+			return false, err
+		}
+		plain = rest
+		if stream != 0 || kind >= 0x10 || kind == 0x06 {
+			err = h.Frame(kind, stream, body)
+		} else {
+			ended, err = e.frame(kind, body)
+		}
+		if err != nil {
+			return false, err
+		}
+		if ended {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// frame handles one of the channel's own frames.
+func (e *End) frame(kind uint8, body []byte) (ended bool, err error) {
+	switch kind {
+	case kindPing:
+		if len(body) != 8 {
+			return false, errFrame
+		}
+		var frame [frameHeader + 8]byte
+		return false, e.Control(kindPong, append(AppendHeader(frame[:0], kindPong, 0, 8), body...))
+	case kindPong:
+		if len(body) != 8 {
+			return false, errFrame
+		}
+		if d := int64(time.Since(e.begin)) - int64(binary.BigEndian.Uint64(body)); d >= 0 {
+			e.rtt.Store(d)
+		}
+		return false, nil
+	case kindCredential:
+		return false, e.renewed(body)
+	case kindClose:
+		closed, err := parseClose(body)
+		if err != nil {
+			return false, err
+		}
+		e.theirs.Store(true)
+		if closed.Code != CloseDone {
+			return false, closed
+		}
+		return true, nil
+	}
+	return false, errFrame
+}
+
+// renewed takes a credential that the other end shows anew. Whether streams may
+// go on under it is decided by whoever holds leases on the peer.
+func (e *End) renewed(body []byte) error {
+	raw, issuer, err := decodeTwo(body)
+	if err != nil {
+		return errFrame
+	}
+	c, err := e.config.Trust.Verify(raw, issuer, e.peer.ID(), e.peer.Latest(), e.config.now())
+	if err == nil {
+		err = e.peer.Accept(c)
+	}
+	if err != nil {
+		// The old credential still counts until it ends: a renewal that does not
+		// verify takes nothing away and gives nothing.
+		e.config.Logger.Warn("a renewed credential is not accepted", "peer", e.peer.ID(), "err", err)
+	}
+	return nil
+}

@@ -1,0 +1,396 @@
+package channel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+const (
+	// maxQueued is how many buffers a stream may have in the data queue: one
+	// being written, one ready behind it. More would only add delay for others.
+	maxQueued = 2
+
+	// maxControl bounds the control frames that wait for a lane which takes
+	// nothing: a credit or an answer for each open stream (16,384 a channel) and
+	// 64 besides.
+	maxControl = 16384 + 64
+
+	// smallFrame is up to where a frame is copied next to others into one
+	// record: copying 2 KiB costs less than a record and a write of its own.
+	smallFrame = 2 << 10
+
+	// slowWrite is how long one write to the lane may take before writes become
+	// smaller: a keystroke must not wait behind a batch on a slow line.
+	slowWrite = 4 * time.Millisecond
+)
+
+var errControl = errors.New("the other end does not read what it is told")
+
+// sealer is the actor that owns a channel's outgoing direction. It has two
+// queues: control frames, which replace one another by key and go first, and
+// data buffers in order of arrival. Records are sealed when they are written,
+// so nothing sealed ever waits or is thrown away.
+//
+// While idle it runs on the goroutine of whoever sends.
+type sealer struct {
+	actor *routing.Actor
+	lane  net.Conn
+	fail  func(error)
+
+	mu      sync.Mutex
+	control []slot
+	slots   map[uint64]int // key to index in control
+	data    []waiting
+	err     error         // nothing is taken any more
+	last    bool          // a close is queued: nothing may follow it
+	sent    chan struct{} // closed when the close is written, or never will be
+	told    bool          // sent is closed
+
+	depth  atomic.Int32 // len(data), for Budget
+	budget atomic.Int32 // payload bytes a buffer should have
+
+	// Owned by the running actor.
+	records    *records
+	spareSlots []slot
+	spareData  []waiting
+	pack       *buffer.Buffer // small frames on their way into one record
+	aged       atomic.Bool
+}
+
+type slot struct {
+	key   uint64
+	frame []byte
+}
+
+type waiting struct {
+	queue *buffer.Queue
+	buf   *buffer.Buffer
+}
+
+// Send takes b and writes it, on this goroutine when the lane is free. It waits
+// while the stream has two buffers queued, until there is room or q.Stop is set.
+func (s *sealer) Send(q *buffer.Queue, b *buffer.Buffer) error {
+	s.mu.Lock()
+	for s.err == nil && q.Stop == nil && q.Waiting >= maxQueued {
+		if q.Room == nil {
+			q.Room = sync.NewCond(&s.mu)
+		}
+		q.Room.Wait()
+	}
+	err := s.appendLocked(q, b)
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if q.Async.Load() {
+		s.actor.Wake()
+	} else {
+		s.actor.Run()
+	}
+	return nil
+}
+
+// Post queues b without writing anything; Flush does that.
+func (s *sealer) Post(q *buffer.Queue, b *buffer.Buffer) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.appendLocked(q, b)
+}
+
+// Flush writes what is queued, on this goroutine when the lane is free.
+func (s *sealer) Flush() { s.actor.Run() }
+
+func (s *sealer) appendLocked(q *buffer.Queue, b *buffer.Buffer) error {
+	err := s.err
+	if err == nil {
+		err = q.Stop
+	}
+	if err == nil && s.last {
+		err = net.ErrClosed
+	}
+	if err != nil {
+		b.Release()
+		return err
+	}
+	q.Waiting++
+	s.data = append(s.data, waiting{q, b})
+	s.depth.Store(int32(len(s.data)))
+	return nil
+}
+
+// Stop sets why nothing more may be queued on q, or clears it, and lets a
+// waiting Send see it.
+func (s *sealer) Stop(q *buffer.Queue, err error) {
+	s.mu.Lock()
+	if q.Stop == nil || errors.Is(q.Stop, os.ErrDeadlineExceeded) {
+		q.Stop = err // a discarded queue stays so
+	}
+	if q.Room != nil {
+		q.Room.Broadcast()
+	}
+	s.mu.Unlock()
+}
+
+// Discard drops what q has queued and refuses more with why. It reports whether
+// anything of q was ever sealed.
+func (s *sealer) Discard(q *buffer.Queue, why error) (sealed bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	q.Stop = why
+	if q.Waiting > 0 {
+		kept := s.data[:0]
+		for _, w := range s.data {
+			if w.queue == q {
+				w.buf.Release()
+				q.Waiting--
+			} else {
+				kept = append(kept, w)
+			}
+		}
+		clear(s.data[len(kept):])
+		s.data = kept
+		s.depth.Store(int32(len(s.data)))
+	}
+	if q.Room != nil {
+		q.Room.Broadcast()
+	}
+	return q.Sealed
+}
+
+// Control queues one whole frame and never waits. A frame of the same key that
+// is still unsent is replaced.
+func (s *sealer) Control(key uint64, frame []byte) error {
+	s.mu.Lock()
+	if s.err != nil || s.last {
+		err := s.err
+		s.mu.Unlock()
+		if err == nil {
+			err = net.ErrClosed
+		}
+		return err
+	}
+	if i, ok := s.slots[key]; ok {
+		s.control[i].frame = append(s.control[i].frame[:0], frame...)
+	} else if len(s.control) == maxControl {
+		s.mu.Unlock()
+		s.fail(errControl)
+		return errControl
+	} else {
+		s.slots[key] = len(s.control)
+		s.putLocked(key, frame)
+	}
+	s.mu.Unlock()
+	s.actor.Wake()
+	return nil
+}
+
+// putLocked appends a slot and uses the memory of one that was there before.
+func (s *sealer) putLocked(key uint64, frame []byte) {
+	n := len(s.control)
+	if n < cap(s.control) {
+		s.control = s.control[:n+1]
+	} else {
+		s.control = append(s.control, slot{})
+	}
+	s.control[n].key = key
+	s.control[n].frame = append(s.control[n].frame[:0], frame...)
+}
+
+// finish queues the close: it goes behind all data, and nothing goes behind it.
+func (s *sealer) finish(frame []byte) {
+	s.mu.Lock()
+	if s.err == nil && !s.last {
+		b := buffer.Get(len(frame) + buffer.Around)
+		b.Commit(copy(b.Next(), frame))
+		s.appendLocked(&buffer.Queue{}, b)
+		s.last = true
+	}
+	s.mu.Unlock()
+	s.actor.Wake()
+}
+
+// stop ends the sealer: everything queued is dropped, everybody waiting is told.
+func (s *sealer) stop(err error) {
+	s.mu.Lock()
+	if s.err == nil {
+		s.err = err
+	}
+	for _, w := range s.data {
+		w.queue.Waiting--
+		if w.queue.Room != nil {
+			w.queue.Room.Broadcast()
+		}
+		w.buf.Release()
+	}
+	clear(s.data)
+	s.data, s.control = s.data[:0], nil
+	s.depth.Store(0)
+	clear(s.slots)
+	s.tellLocked()
+	s.mu.Unlock()
+}
+
+func (s *sealer) tellLocked() {
+	if !s.told {
+		s.told = true
+		close(s.sent)
+	}
+}
+
+// Budget is how many bytes of payload a sender should put into one buffer:
+// less while others wait, and less on a lane that takes them slowly.
+func (s *sealer) Budget() int {
+	n := int(s.budget.Load())
+	if s.depth.Load() > 0 {
+		n = min(n, buffer.Shared)
+	}
+	return n
+}
+
+// Receive refuses messages: bytes reach a channel by its streams only.
+func (s *sealer) Receive(*routing.Actor, *routing.Message) error { return nil }
+
+// Drained writes one round: all control frames, then every data buffer that
+// was queued when it began. What arrives meanwhile wakes the actor again.
+func (s *sealer) Drained(*routing.Actor) error {
+	s.mu.Lock()
+	control, data := s.control, s.data
+	s.control, s.data = s.spareSlots[:0], s.spareData[:0]
+	clear(s.slots)
+	s.depth.Store(0)
+	for _, w := range data {
+		w.queue.Sealed = true
+	}
+	s.mu.Unlock()
+	if len(control) == 0 && len(data) == 0 {
+		s.spareSlots, s.spareData = control, data
+		return nil
+	}
+	err := s.write(control, data)
+
+	s.mu.Lock()
+	for i := range data {
+		q := data[i].queue
+		q.Waiting--
+		if q.Room != nil {
+			q.Room.Broadcast()
+		}
+		data[i] = waiting{}
+	}
+	if s.last && len(s.data) == 0 {
+		s.tellLocked()
+	}
+	s.mu.Unlock()
+	s.spareSlots, s.spareData = control[:0], data[:0]
+	if s.records.aged() {
+		s.aged.Store(true)
+	}
+	if err != nil {
+		s.fail(fmt.Errorf("writing to the lane: %w", err))
+	}
+	return nil
+}
+
+// write seals and writes control and data, and releases every buffer.
+func (s *sealer) write(control []slot, data []waiting) (err error) {
+	defer func() {
+		if s.pack != nil {
+			s.pack.Release()
+			s.pack = nil
+		}
+	}()
+	filled := 0             // plaintext bytes of the record being packed
+	flush := func() error { // seals what is packed and writes it
+		if s.pack == nil {
+			return nil
+		}
+		if filled > 0 {
+			s.pack.Commit(filled)
+			filled = 0
+		}
+		if s.pack.Count() == 0 {
+			return nil
+		}
+		err := s.out(s.pack)
+		s.pack.Reset()
+		return err
+	}
+	add := func(frames []byte) error {
+		if s.pack == nil {
+			s.pack = buffer.Get(buffer.Record)
+		}
+		if filled+len(frames) > buffer.Shared && filled > 0 {
+			s.pack.Commit(filled)
+			filled = 0
+		}
+		if len(s.pack.Next()) < filled+len(frames) {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
+		filled += copy(s.pack.Next()[filled:], frames)
+		return nil
+	}
+	for i := range control {
+		if err == nil {
+			err = add(control[i].frame)
+		}
+	}
+	alone := len(control) == 0 && len(data) == 1
+	for i := range data {
+		b := data[i].buf
+		switch {
+		case err != nil:
+		case !alone && b.Count() == 1 && b.Payload() <= smallFrame:
+			err = add(b.Bytes()[buffer.Prefix : buffer.Prefix+b.Payload()])
+		default:
+			if err = flush(); err == nil {
+				err = s.out(b)
+			}
+		}
+		b.Release()
+	}
+	if err == nil {
+		err = flush()
+	}
+	return err
+}
+
+// out seals every record of b in place and writes them all at once.
+func (s *sealer) out(b *buffer.Buffer) error {
+	if err := b.Records(s.records.seal); err != nil {
+		return err
+	}
+	large := b.Payload() > buffer.Shared
+	var start time.Time
+	if large {
+		start = time.Now()
+	}
+	if _, err := s.lane.Write(b.Bytes()); err != nil {
+		return err
+	}
+	if large {
+		s.pace(b.Payload(), time.Since(start))
+	}
+	return nil
+}
+
+// pace halves the budget when a full buffer took long and doubles it when one
+// went quickly.
+func (s *sealer) pace(n int, took time.Duration) {
+	now := int(s.budget.Load())
+	switch {
+	case took > slowWrite && now > buffer.Shared:
+		s.budget.Store(int32(max(now/2, buffer.Shared)))
+	case took < slowWrite/4 && n >= now && now < buffer.Batch:
+		s.budget.Store(int32(min(now*2, buffer.Batch)))
+	}
+}

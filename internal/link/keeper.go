@@ -1,0 +1,358 @@
+package link
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/stream"
+)
+
+const (
+	// Back-off between dials, each ± 50 %: quick while an outage is young, so
+	// that a restart is hardly noticed; gentle later, so that a thousand inlets
+	// do not stampede.
+	firstWait   = 50 * time.Millisecond
+	youngWait   = 500 * time.Millisecond
+	longestWait = 30 * time.Second
+	young       = time.Minute
+
+	dialTime    = 10 * time.Second // one path's connection
+	checkTime   = 10 * time.Second
+	refusedWait = 30 * time.Second // a refusal is tried again as seldom, or on a new credential
+)
+
+// Path is one way to the other end.
+type Path struct {
+	Name string // as people read it: "direct 127.0.0.1:4100"
+	Dial func(context.Context) (net.Conn, error)
+}
+
+// StateKind is what a Keeper is doing.
+type StateKind int
+
+// The states. Waiting and Refused try again by themselves.
+const (
+	Waiting StateKind = iota
+	Ready
+	Refused
+	Draining
+)
+
+func (k StateKind) String() string {
+	return [...]string{"waiting", "ready", "refused", "draining"}[k]
+}
+
+// State is what a person is told about a Keeper.
+type State struct {
+	Kind   StateKind
+	Reason string        // why it waits or was refused
+	Err    error         // the same, for programs
+	Next   time.Duration // until the next try
+	Path   string        // ready: the way
+	Peer   *identity.Peer
+}
+
+// Keeper keeps one channel to a service.
+type Keeper struct {
+	Paths  []Path
+	Config channel.Config
+	Limits stream.Limits
+
+	// Fresh renews the credential before a dial when that is due; a failure does
+	// not stop the dial. Nil does nothing.
+	Fresh func(context.Context) error
+	// Check asks the other end whether it serves us; nil is Ready as soon as the
+	// channel is confirmed. A *stream.RefusedError makes the state Refused, with
+	// the channel kept.
+	Check func(context.Context, *Live) error
+	// Accept takes streams that the other end opens; nil refuses them.
+	Accept func(*Live, *stream.Incoming)
+	// OnState is told each change, one at a time. It must not wait.
+	OnState func(State)
+	Logger  *slog.Logger // nil: discard
+
+	mu      sync.Mutex
+	live    *Live
+	state   State
+	changed chan struct{} // closed and replaced with each change
+	kick    chan struct{}
+	took    map[int]time.Duration // measured connect time by path
+	old     sync.WaitGroup        // retired channels whose streams finish
+}
+
+// Run dials, and dials again, until ctx ends; then it closes what is left and
+// waits for it. It returns nil.
+func (k *Keeper) Run(ctx context.Context) error {
+	if k.Logger == nil {
+		k.Logger = slog.New(slog.DiscardHandler)
+	}
+	k.mu.Lock()
+	if k.kick == nil {
+		k.kick = make(chan struct{}, 1)
+	}
+	k.took = make(map[int]time.Duration)
+	k.mu.Unlock()
+	stop := k.Config.Self.OnChange(k.Kick)
+	defer stop()
+
+	wait, since := firstWait, time.Now()
+	for ctx.Err() == nil {
+		l, err := k.connect(ctx)
+		if err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			if time.Since(since) > 10*young { // the clock of an outage long over
+				since = time.Now()
+			}
+			pause := jitter(wait)
+			kind := Waiting
+			if refusal(err) {
+				kind, pause = Refused, jitter(refusedWait)
+			}
+			k.set(nil, State{Kind: kind, Reason: err.Error(), Err: err, Next: pause})
+			k.pause(ctx, pause)
+			limit := longestWait
+			if time.Since(since) < young {
+				limit = youngWait
+			}
+			wait = min(2*wait, limit)
+			continue
+		}
+		k.hold(ctx, l)
+		wait, since = firstWait, time.Now()
+	}
+	k.mu.Lock()
+	l := k.live
+	k.mu.Unlock()
+	k.set(nil, State{Kind: Draining})
+	if l != nil {
+		l.Close(nil)
+	}
+	k.old.Wait()
+	return nil
+}
+
+// hold keeps l until it ends, is to be replaced, or ctx ends.
+func (k *Keeper) hold(ctx context.Context, l *Live) {
+	away := make(chan struct{}, 1)
+	l.Mux.OnAway(func() {
+		select {
+		case away <- struct{}{}:
+		default:
+		}
+	})
+	aged := time.NewTicker(time.Minute)
+	defer aged.Stop()
+	for {
+		next := k.check(ctx, l)
+		var again <-chan time.Time
+		var timer *time.Timer
+		if next > 0 {
+			timer = time.NewTimer(next)
+			again = timer.C
+		}
+		retire := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-l.Done():
+			k.set(nil, State{Kind: Waiting, Reason: l.Err().Error(), Err: l.Err()})
+			return
+		case <-away:
+			retire = true
+		case <-aged.C:
+			retire = l.End.Aged()
+		case <-k.kick:
+		case <-again:
+		}
+		if timer != nil {
+			timer.Stop()
+		}
+		if retire {
+			k.retire(ctx, l)
+			return
+		}
+	}
+}
+
+// retire lets the streams of l finish while its successor is dialled.
+func (k *Keeper) retire(ctx context.Context, l *Live) {
+	k.set(nil, State{Kind: Waiting, Reason: "the other end is going away", Err: stream.ErrAway})
+	k.old.Go(func() {
+		idle := make(chan struct{})
+		go func() { l.Mux.WaitIdle(); close(idle) }()
+		select {
+		case <-idle:
+		case <-l.Done():
+		case <-ctx.Done():
+		}
+		l.Close(nil)
+		<-idle // the channel's end resets every stream that is left
+	})
+}
+
+// check asks the other end and sets the state; it returns when to ask again,
+// 0 for never.
+func (k *Keeper) check(ctx context.Context, l *Live) time.Duration {
+	if k.Check != nil {
+		limited, cancel := context.WithTimeout(ctx, checkTime)
+		err := k.Check(limited, l)
+		cancel()
+		if err != nil {
+			if l.Err() != nil || ctx.Err() != nil {
+				return 0
+			}
+			next := jitter(refusedWait)
+			kind := Refused
+			if !refusal(err) {
+				kind, next = Waiting, jitter(2*time.Second)
+			}
+			k.set(l, State{Kind: kind, Reason: err.Error(), Err: err, Next: next, Path: l.Path, Peer: l.Peer()})
+			return next
+		}
+	}
+	k.set(l, State{Kind: Ready, Path: l.Path, Peer: l.Peer()})
+	return 0
+}
+
+func refusal(err error) bool {
+	var here *channel.Refused
+	var there *channel.Closed
+	var refused *stream.RefusedError
+	return errors.As(err, &here) ||
+		errors.As(err, &there) && there.Code == channel.CloseRefused ||
+		errors.As(err, &refused) && refused.Code == stream.CodeRefused
+}
+
+// connect tries each path once, the fastest measured first.
+func (k *Keeper) connect(ctx context.Context) (*Live, error) {
+	if k.Fresh != nil {
+		if err := k.Fresh(ctx); err != nil {
+			k.Logger.Warn("the credential could not be renewed before dialling", "err", err)
+		}
+	}
+	order := make([]int, len(k.Paths))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(a, b int) int { return int(k.took[a] - k.took[b]) })
+	err := errors.New("no way to the other end is configured")
+	for _, i := range order {
+		p := k.Paths[i]
+		begin := time.Now()
+		var l *Live
+		if l, err = k.dial(ctx, p); err == nil {
+			k.took[i] = time.Since(begin)
+			return l, nil
+		}
+		k.took[i] = time.Hour // behind every path that answered
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		err = fmt.Errorf("%s: %w", p.Name, err)
+	}
+	return nil, err
+}
+
+func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
+	limited, cancel := context.WithTimeout(ctx, dialTime)
+	defer cancel()
+	lane, err := p.Dial(limited)
+	if err != nil {
+		return nil, err
+	}
+	c := k.Config
+	e, err := channel.Initiate(limited, lane, &c)
+	if err != nil {
+		return nil, err
+	}
+	return start(e, &c, true, p.Name, k.Limits, k.Accept), nil
+}
+
+// Kick makes a waiting Keeper try at once.
+func (k *Keeper) Kick() {
+	k.mu.Lock()
+	if k.kick == nil {
+		k.kick = make(chan struct{}, 1)
+	}
+	c := k.kick
+	k.mu.Unlock()
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func (k *Keeper) pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	case <-k.kick:
+	}
+}
+
+func jitter(d time.Duration) time.Duration {
+	return d/2 + rand.N(d)
+}
+
+func (k *Keeper) set(l *Live, s State) {
+	k.mu.Lock()
+	same := k.state.Kind == s.Kind && k.state.Reason == s.Reason && k.state.Peer == s.Peer && k.changed != nil
+	k.live, k.state = l, s
+	if k.changed != nil {
+		close(k.changed)
+	}
+	k.changed = make(chan struct{})
+	k.mu.Unlock()
+	if !same && k.OnState != nil {
+		k.OnState(s)
+	}
+}
+
+// State is the last state told.
+func (k *Keeper) State() State {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.state
+}
+
+// Get returns the live channel and waits for one while there is none. A
+// refusal is returned at once: waiting would not change it.
+func (k *Keeper) Get(ctx context.Context) (*Live, error) {
+	for {
+		k.mu.Lock()
+		if k.changed == nil {
+			k.changed = make(chan struct{})
+		}
+		l, s, changed := k.live, k.state, k.changed
+		k.mu.Unlock()
+		switch {
+		case l != nil:
+			return l, nil
+		case s.Kind == Refused:
+			return nil, s.Err
+		case s.Kind == Draining:
+			return nil, errors.New("this end is going away")
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if s.Err != nil {
+				return nil, fmt.Errorf("no channel in time: %w", s.Err)
+			}
+			return nil, fmt.Errorf("no channel in time: %w", ctx.Err())
+		}
+	}
+}

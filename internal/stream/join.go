@@ -1,0 +1,192 @@
+package stream
+
+import (
+	"errors"
+	"io"
+	"net"
+	"syscall"
+
+	"github.com/portal-tunnel/portal/internal/buffer"
+)
+
+// local is the socket that a stream is joined to.
+type local struct {
+	conn  net.Conn
+	raw   syscall.RawConn // nil: no socket, written by the actor only
+	ended bool            // the other end's end was passed on
+	now   nowWriter
+}
+
+// Arm makes a TCP socket reset its peer whenever it is closed without Disarm,
+// also when this process is killed: SO_LINGER with a time of zero. It is the
+// first thing to happen to a socket that was accepted or dialled.
+func Arm(c net.Conn) {
+	if t, ok := c.(interface{ SetLinger(int) error }); ok {
+		t.SetLinger(0)
+	}
+}
+
+// Abort closes a socket so that its peer sees a reset.
+func Abort(c net.Conn) {
+	Arm(c)
+	c.Close()
+}
+
+// disarm lets a socket end as TCP ends; only after both directions have.
+func disarm(c net.Conn) {
+	if t, ok := c.(interface{ SetLinger(int) error }); ok {
+		t.SetLinger(-1)
+	}
+}
+
+// closeWrite passes on an end. A connection that cannot half-close is left
+// open: its reader sees the end when everything is over.
+func closeWrite(c net.Conn) error {
+	w, ok := c.(interface{ CloseWrite() error })
+	if !ok {
+		return nil
+	}
+	// ENOTCONN: the peer is gone, after an exchange that its reader has judged.
+	if err := w.CloseWrite(); err != nil && !errors.Is(err, syscall.ENOTCONN) {
+		return err
+	}
+	return nil
+}
+
+// Join connects the stream with a local connection, which must be armed, and
+// owns it from then on. It returns when both are over: nil when both
+// directions ended in good order, else why the stream was reset. The local
+// connection is closed, in good order or by a reset accordingly.
+//
+// This goroutine reads the local connection; the lane reader and the stream's
+// actor write it.
+func (c *Conn) Join(l net.Conn) error {
+	c.recv.Lock()
+	if c.why != nil {
+		c.recv.Unlock()
+		Abort(l)
+		return c.why
+	}
+	c.local.conn = l
+	c.local.raw = rawOf(l)
+	c.local.now.init()
+	wake := !c.emptyLocked() || c.ended
+	c.recv.Unlock()
+	if wake {
+		c.actor.Wake()
+	}
+	c.pump(l)
+	<-c.done
+	c.recv.Lock()
+	why := c.why
+	c.recv.Unlock()
+	if why != nil {
+		Abort(l)
+		return why
+	}
+	disarm(l)
+	l.Close()
+	return nil
+}
+
+// pump reads the local connection and sends what it reads, until its end.
+func (c *Conn) pump(l net.Conn) {
+	in := reader{conn: l, raw: c.local.raw}
+	in.init()
+	for {
+		room, err := c.room()
+		if err != nil {
+			return // reset; whoever did it has closed l
+		}
+		b, n, err := in.read(min(room, c.mux.over.Budget()), c.id)
+		if n > 0 {
+			if err := c.push(b, n); err != nil {
+				c.reset(&ResetError{Code: CodeChannel, Reason: err.Error(), Local: true})
+				return
+			}
+		}
+		switch {
+		case err == nil:
+		case errors.Is(err, io.EOF):
+			if err := c.CloseWrite(); err != nil {
+				c.reset(&ResetError{Code: CodeChannel, Reason: err.Error(), Local: true})
+			}
+			return
+		default:
+			c.reset(&ResetError{Code: CodeLocal, Local: true})
+			return
+		}
+	}
+}
+
+// reader reads a local connection into frames, taking a buffer only when bytes
+// are there.
+type reader struct {
+	conn net.Conn
+	raw  syscall.RawConn
+	busy int // consecutive reads that filled their buffer
+
+	// For the one closure that every wait uses.
+	try   func(fd uintptr) bool
+	max   int
+	buf   *buffer.Buffer
+	slots [][]byte
+	n     int
+	err   error
+}
+
+func (r *reader) init() {
+	if r.raw != nil {
+		r.try = r.attempt
+	}
+}
+
+// want is how much the next read should take, at most n.
+func (r *reader) want(n int) int {
+	switch r.busy {
+	case 0:
+		return min(n, buffer.Shared)
+	case 1:
+		return min(n, buffer.Bulk)
+	}
+	return min(n, buffer.Batch)
+}
+
+// read gives a buffer with frames of at most n bytes of payload for stream id.
+// The buffer is nil when no bytes came.
+func (r *reader) read(n int, id uint32) (*buffer.Buffer, int, error) {
+	r.max = r.want(n)
+	r.n, r.err = 0, nil
+	if r.raw != nil {
+		if err := r.raw.Read(r.try); err != nil && r.err == nil {
+			r.err = err
+		} else if r.err == nil && r.n == 0 {
+			r.err = io.EOF
+		}
+	} else {
+		r.buf = buffer.ForPayload(min(r.max, buffer.Bulk))
+		r.slots = r.buf.Slots(r.slots[:0], min(r.max, buffer.Bulk))
+		r.n, r.err = r.conn.Read(r.slots[0])
+	}
+	b := r.buf
+	r.buf = nil
+	clear(r.slots)
+	if r.n <= 0 {
+		if b != nil {
+			b.Release()
+		}
+		return nil, 0, r.err
+	}
+	if r.n == r.max {
+		r.busy++
+	} else if r.n < r.max/4 {
+		r.busy = 0
+	}
+	for left := r.n; left > 0; {
+		k := min(left, buffer.Bulk)
+		putHeader(b.Next(), frameData, id, k)
+		b.Commit(headerSize + k)
+		left -= k
+	}
+	return b, r.n, r.err
+}

@@ -1,0 +1,293 @@
+package stream
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+const (
+	// A window is doubled when it is used up within two round trips. On a
+	// machine's own loopback the round trip is shorter than the scheduler's
+	// turn, so it counts as at least leastRTT.
+	leastRTT = time.Millisecond
+	// leastStep is the least credit worth a frame of its own.
+	leastStep = 16 << 10
+)
+
+// chunk is held bytes: buf.Raw()[r:w].
+type chunk struct {
+	buf  *buffer.Buffer
+	r, w int
+}
+
+func (c *Conn) emptyLocked() bool { return c.first.buf == nil }
+
+// data takes bytes off the lane. It reports true when they are to be delivered
+// by deliver, straight into the local socket; else they have been copied.
+func (c *Conn) data(body []byte) (later bool, err error) {
+	c.recv.Lock()
+	switch {
+	case c.why != nil: // reset meanwhile
+		c.recv.Unlock()
+		return false, nil
+	case c.ended:
+		c.recv.Unlock()
+		return false, &ProtocolError{fmt.Sprintf("data behind the end of stream %d", c.id)}
+	case c.received+uint64(len(body)) > c.granted:
+		c.recv.Unlock()
+		return false, &ProtocolError{fmt.Sprintf("stream %d overran its credit", c.id)}
+	}
+	c.received += uint64(len(body))
+	switch {
+	case c.closed:
+		c.recv.Unlock()
+		c.Reset(CodeClosed, "")
+		return false, nil
+	case c.local.raw != nil && c.emptyLocked() && !c.writing:
+		c.recv.Unlock()
+		return true, nil
+	}
+	c.holdLocked(body)
+	c.readable.Broadcast()
+	c.recv.Unlock()
+	c.mux.limits.Budget.check()
+	return false, nil
+}
+
+// deliver writes data to the local socket as far as it takes them without
+// waiting, and holds the rest for the actor.
+func (c *Conn) deliver(data [][]byte) {
+	c.recv.Lock()
+	if c.why != nil {
+		c.recv.Unlock()
+		return
+	}
+	n, err := c.local.writeNow(data)
+	if err != nil {
+		c.recv.Unlock()
+		c.localFailed()
+		return
+	}
+	c.consumedLocked(n)
+	held := false
+	for _, b := range data {
+		if n >= len(b) {
+			n -= len(b)
+			continue
+		}
+		c.holdLocked(b[n:])
+		n, held = 0, true
+	}
+	c.recv.Unlock()
+	if held {
+		c.mux.limits.Budget.check()
+	}
+}
+
+// holdLocked copies b, filling the last chunk first, and wakes the actor when
+// there is a socket to write to.
+func (c *Conn) holdLocked(b []byte) {
+	c.held.Add(int64(len(b)))
+	c.mux.limits.Budget.held.Add(int64(len(b)))
+	last := &c.first
+	if n := len(c.chunks); n > 0 {
+		last = &c.chunks[n-1]
+	}
+	if last.buf != nil {
+		n := copy(last.buf.Raw()[last.w:], b)
+		last.w += n
+		b = b[n:]
+	}
+	for len(b) > 0 {
+		k := chunk{buf: buffer.Get(len(b))}
+		k.w = copy(k.buf.Raw(), b)
+		b = b[k.w:]
+		if c.emptyLocked() {
+			c.first = k
+		} else {
+			c.chunks = append(c.chunks, k)
+		}
+	}
+	if c.local.conn != nil {
+		c.actor.Wake()
+	}
+}
+
+// takeLocked removes the oldest chunk.
+func (c *Conn) takeLocked() chunk {
+	k := c.first
+	c.first = chunk{}
+	if len(c.chunks) > 0 {
+		c.first = c.chunks[0]
+		c.chunks[0] = chunk{}
+		if c.chunks = c.chunks[1:]; len(c.chunks) == 0 {
+			c.chunks = nil
+		}
+	}
+	return k
+}
+
+func (c *Conn) releaseLocked(n int) {
+	c.held.Add(-int64(n))
+	c.mux.limits.Budget.held.Add(-int64(n))
+}
+
+func (c *Conn) dropLocked() {
+	for !c.emptyLocked() {
+		k := c.takeLocked()
+		c.releaseLocked(k.w - k.r)
+		k.buf.Release()
+	}
+}
+
+// consumedLocked counts n bytes that have reached their reader, and gives new
+// credit when enough of it has been used.
+func (c *Conn) consumedLocked(n int) {
+	if n == 0 {
+		return
+	}
+	c.consumed += uint64(n)
+	if c.ended {
+		return
+	}
+	if c.markAt.IsZero() {
+		c.markAt = time.Now()
+	}
+	if c.consumed-c.mark >= uint64(c.window) {
+		now := time.Now()
+		quick := now.Sub(c.markAt) <= 2*max(c.mux.over.RTT(), leastRTT)
+		if quick && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow() {
+			c.window = min(2*c.window, c.mux.limits.Window)
+		}
+		c.mark, c.markAt = c.consumed, now
+	}
+	grant := c.consumed + uint64(c.window)
+	if grant >= c.granted+uint64(max(c.window/8, leastStep)) {
+		c.granted = grant
+		var frame [headerSize + 8]byte
+		c.mux.over.Control(key(frameCredit, c.id), appendOffset(frame[:0], frameCredit, c.id, grant))
+	}
+}
+
+// theirEnd takes the other end's end. Its total must be what has arrived: on
+// an ordered, authenticated lane anything else is a lie.
+func (c *Conn) theirEnd(total uint64) error {
+	c.recv.Lock()
+	if c.why != nil {
+		c.recv.Unlock()
+		return nil
+	}
+	if c.ended || total != c.received {
+		c.recv.Unlock()
+		return &ProtocolError{fmt.Sprintf("stream %d ends at %d, received are %d", c.id, total, c.received)}
+	}
+	c.ended = true
+	c.readable.Broadcast()
+	joined := c.local.conn != nil
+	held := !c.emptyLocked() || c.writing
+	c.recv.Unlock()
+	c.wireDone(&c.doneRecv)
+	switch {
+	case !joined:
+		c.settle()
+	case held:
+		c.actor.Wake()
+	default:
+		c.actor.Run() // nothing to write: passing on the end does not wait
+	}
+	return nil
+}
+
+// Read gives io.EOF only after the other end's verified end.
+func (c *Conn) Read(b []byte) (int, error) {
+	c.recv.Lock()
+	for {
+		switch {
+		case c.closed:
+			c.recv.Unlock()
+			return 0, net.ErrClosed
+		case c.why != nil:
+			c.recv.Unlock()
+			return 0, c.why
+		case past(c.readTill):
+			c.recv.Unlock()
+			return 0, os.ErrDeadlineExceeded
+		case len(b) == 0:
+			c.recv.Unlock()
+			return 0, nil
+		case !c.emptyLocked():
+			k := &c.first
+			n := copy(b, k.buf.Raw()[k.r:k.w])
+			k.r += n
+			if k.r == k.w {
+				c.takeLocked().buf.Release()
+			}
+			c.releaseLocked(n)
+			c.consumedLocked(n)
+			empty := c.ended && c.emptyLocked()
+			c.recv.Unlock()
+			if empty {
+				c.settle()
+			}
+			return n, nil
+		case c.ended:
+			c.recv.Unlock()
+			return 0, io.EOF
+		}
+		c.readable.Wait()
+	}
+}
+
+// Receive takes no messages: a stream's bytes come by its channel.
+func (c *Conn) Receive(*routing.Actor, *routing.Message) error { return nil }
+
+// Drained is the stream's actor: it writes what is held to the local socket
+// and may wait there. Behind the last byte it passes on the end.
+func (c *Conn) Drained(*routing.Actor) error {
+	c.recv.Lock()
+	l := c.local.conn
+	if l == nil {
+		c.recv.Unlock()
+		return nil
+	}
+	for c.why == nil && !c.emptyLocked() {
+		k := c.takeLocked()
+		c.writing = true
+		c.recv.Unlock()
+		n, err := l.Write(k.buf.Raw()[k.r:k.w])
+		c.recv.Lock()
+		c.writing = false
+		c.releaseLocked(k.w - k.r)
+		k.buf.Release()
+		if err != nil {
+			c.recv.Unlock()
+			c.localFailed()
+			return nil
+		}
+		c.consumedLocked(n)
+	}
+	end := c.why == nil && c.ended && !c.local.ended
+	if end {
+		c.local.ended = true
+	}
+	c.recv.Unlock()
+	if end {
+		if err := closeWrite(l); err != nil {
+			c.localFailed()
+			return nil
+		}
+		c.settle()
+	}
+	return nil
+}
+
+// localFailed resets the stream when the local socket takes no more.
+func (c *Conn) localFailed() {
+	c.kill(&ResetError{Code: CodeLocal, Local: true}, true)
+}
