@@ -9,8 +9,8 @@ import (
 )
 
 // Secret is what a ticket lets its bearer do once. It shows itself nowhere:
-// formatted with any verb, logged or marshalled it is "[redacted]". Ticket.Text
-// is the only way out.
+// formatted with any verb (but %p, which vet refuses here), logged or marshalled
+// it is "[redacted]". Ticket.Text is the only way out.
 type Secret [32]byte
 
 const redacted = "[redacted]"

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"time"
@@ -230,5 +231,5 @@ func (t *Ticket) Hash() [32]byte {
 func (t Ticket) String() string {
 	return fmt.Sprintf("ticket of %s until %s", t.Authority, t.Expires.UTC().Format(time.RFC3339))
 }
-func (t Ticket) GoString() string     { return "identity.Ticket(" + t.String() + ")" }
-func (t Ticket) LogValue() slog.Value { return slog.StringValue(t.String()) }
+func (t Ticket) Format(f fmt.State, _ rune) { io.WriteString(f, t.String()) }
+func (t Ticket) LogValue() slog.Value       { return slog.StringValue(t.String()) }
