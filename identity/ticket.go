@@ -81,7 +81,7 @@ func (t *Ticket) text() (string, error) {
 	case t.Secret.Equal(Secret{}):
 		return "", errors.New("it has no secret")
 	case len(t.Ways) == 0:
-		return "", errNoWay
+		return "", errors.New("it names no way to the authority")
 	case expires <= 0 || expires > latestTime:
 		return "", fmt.Errorf("it would expire at %s", t.Expires)
 	}

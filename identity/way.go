@@ -1,7 +1,6 @@
 package identity
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"strconv"
@@ -103,5 +102,3 @@ func decodeWays(wire []wireWay) ([]Way, error) {
 	}
 	return ways, nil
 }
-
-var errNoWay = errors.New("no way to the authority")
