@@ -282,9 +282,10 @@ func (o *opening) writeRecord(plain []byte) error {
 // appendConfirm appends a frame with this end's credential (it may be empty)
 // and its issuer's history.
 func appendConfirm(b []byte, kind uint8, self *identity.Self) []byte {
-	var raw, issuer []byte
-	if c := self.Credential(); c != nil {
-		raw, issuer = c.Raw(), self.Issuer()
+	var raw []byte
+	c, issuer := self.Show()
+	if c != nil {
+		raw = c.Raw()
 	}
 	b = AppendHeader(b, kind, 0, 4+len(raw)+len(issuer))
 	return appendField(appendField(b, raw), issuer)

@@ -356,3 +356,27 @@ func (k *Keeper) Get(ctx context.Context) (*Live, error) {
 		}
 	}
 }
+
+// Live is the live channel, nil when there is none.
+func (k *Keeper) Live() *Live {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.live
+}
+
+// Wait returns when old is no longer the live channel.
+func (k *Keeper) Wait(ctx context.Context, old *Live) error {
+	for {
+		k.mu.Lock()
+		l, changed := k.live, k.changed
+		k.mu.Unlock()
+		if l != old || changed == nil {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("no channel in time: %w", ctx.Err())
+		}
+	}
+}

@@ -1,0 +1,395 @@
+// Package inlet is a listening socket whose connections come out elsewhere: at
+// the outlet that serves a name.
+package inlet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/portal-tunnel/portal/abac"
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/stream"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+// Path is one way to the outlet; State is what a person is told.
+type (
+	Path      = link.Path
+	State     = link.State
+	StateKind = link.StateKind
+)
+
+// Kind says how a refusal can be told to a local client. Bytes that are
+// forwarded are the same for every kind.
+type Kind int
+
+// The kinds. Raw clients get a reset.
+const (
+	Raw Kind = iota
+	PG
+	HTTP
+)
+
+// ParseKind reads "raw", "pg" or "http".
+func ParseKind(s string) (Kind, error) {
+	for i, name := range [...]string{"raw", "pg", "http"} {
+		if s == name {
+			return Kind(i), nil
+		}
+	}
+	return 0, fmt.Errorf("there is no kind %q: it is raw, pg or http", s)
+}
+
+const (
+	// defaultHold is how long a connection waits for an outlet before it is reset.
+	defaultHold = 5 * time.Second
+	// defaultStreams bounds the connections of one inlet: each costs two
+	// descriptors on the way, and a process has 20,000 where nobody set them.
+	defaultStreams = 10000
+	// answerTime is how long a client whose refusal can be told waits for the
+	// outlet's answer: its dial has 10 s.
+	answerTime = 15 * time.Second
+)
+
+// Server is one inlet. Its fields must not change once Run is called.
+type Server struct {
+	Node  *routing.Node
+	Name  string // the outlet's
+	Paths []Path
+	Self  *identity.Self
+	Trust *identity.Trust
+	// Fresh renews the credential when that is due, before each dial; nil does
+	// nothing.
+	Fresh func(context.Context) error
+	// Pin is the only identity taken as the outlet, besides its credential's
+	// serve; zero takes any that may serve the name.
+	Pin identity.ID
+	// Require narrows who may serve the name; nil leaves it at the credential.
+	Require *abac.Policy
+
+	Kind       Kind
+	Hold       time.Duration // for connections that come too early; default 5 s
+	MaxStreams int           // at once; default 10,000
+	Now        func() time.Time
+	Logger     *slog.Logger // nil: discard
+	OnState    func(State)  // each change, one at a time; must not wait
+
+	once   sync.Once
+	log    *slog.Logger
+	keeper link.Keeper
+	book   demand
+	slots  chan struct{}
+
+	streams  atomic.Int64
+	draining atomic.Bool
+	mu       sync.Mutex
+	ends     map[chan struct{}]struct{} // the listeners being served, by their stop
+}
+
+func (s *Server) init() {
+	s.once.Do(func() {
+		s.log = s.Logger
+		if s.log == nil {
+			s.log = slog.New(slog.DiscardHandler)
+		}
+		if s.Hold <= 0 {
+			s.Hold = defaultHold
+		}
+		if s.MaxStreams <= 0 {
+			s.MaxStreams = defaultStreams
+		}
+		s.slots = make(chan struct{}, s.MaxStreams)
+		s.ends = make(map[chan struct{}]struct{})
+		s.book = demand{server: s}
+		s.keeper = link.Keeper{
+			Paths: s.Paths,
+			Config: channel.Config{
+				Node: s.Node, Self: s.Self, Trust: s.Trust, Kind: channel.Service,
+				Pin: s.Pin, Judge: s.judge, Now: s.Now, Logger: s.log,
+			},
+			Limits:  stream.Limits{Budget: new(stream.Budget)},
+			Fresh:   s.Fresh,
+			Check:   s.check,
+			OnState: s.OnState,
+			Logger:  s.log,
+		}
+	})
+}
+
+// Run keeps the channel to the outlet until ctx ends, then closes it, which
+// resets the streams that are left, and returns when all is gone.
+func (s *Server) Run(ctx context.Context) error {
+	s.init()
+	return s.keeper.Run(ctx)
+}
+
+// State is what the inlet is doing.
+func (s *Server) State() State {
+	s.init()
+	return s.keeper.State()
+}
+
+// judge is the inlet's demand on its outlet, asked before our own credential
+// is shown: it may serve the name, and meets Require.
+func (s *Server) judge(p *identity.Peer) error {
+	c := p.Credential()
+	if c == nil {
+		return errors.New("it shows no credential")
+	}
+	if !c.MayServe(s.Name) {
+		return fmt.Errorf("its credential does not let it serve %s", s.Name)
+	}
+	if s.Require == nil {
+		return nil
+	}
+	principal := map[string]any{
+		"id": p.ID().String(), "name": c.Name(), "authority": c.Issuer.String(), "serve": c.Serve(),
+	}
+	for k, v := range c.Attributes {
+		if _, ok := principal[k]; !ok {
+			principal[k] = v
+		}
+	}
+	d := s.Require.Decide(abac.Request{
+		Principal: principal, PrincipalID: p.ID().String(), Action: "serve",
+		Resource: map[string]any{"name": s.Name}, ResourceID: s.Name,
+	})
+	if !d.Allow {
+		return fmt.Errorf("it does not meet --require: %s", d.Reason())
+	}
+	return nil
+}
+
+// check asks the outlet whether it would admit us; nothing is dialled.
+func (s *Server) check(ctx context.Context, l *link.Live) error {
+	s.book.hold(l)
+	return ask(ctx, l, stream.Probe, s.Name)
+}
+
+func ask(ctx context.Context, l *link.Live, kind stream.HeaderKind, name string) error {
+	c, err := l.Mux.Open(stream.Header{Kind: kind, Name: name})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return c.Wait(ctx)
+}
+
+// Probe is what a ping found.
+type Probe struct {
+	Path   string
+	Peer   *identity.Peer
+	RTT    time.Duration // of the channel
+	Answer time.Duration // of the outlet's decision
+	Target time.Duration // of its dial; 0 when it was not asked for
+}
+
+// Probe asks the outlet for its decision, and to dial its target too.
+func (s *Server) Probe(ctx context.Context, target bool) (Probe, error) {
+	s.init()
+	l, err := s.keeper.Get(ctx)
+	if err != nil {
+		return Probe{}, err
+	}
+	p := Probe{Path: l.Path, Peer: l.Peer()}
+	begin := time.Now()
+	if err := ask(ctx, l, stream.Probe, s.Name); err != nil {
+		return p, err
+	}
+	p.Answer, p.RTT = time.Since(begin), l.End.RTT()
+	if target {
+		begin = time.Now()
+		if err := ask(ctx, l, stream.PingTarget, s.Name); err != nil {
+			return p, err
+		}
+		p.Target = time.Since(begin)
+	}
+	return p, nil
+}
+
+// Dial opens a stream for a Go program. The connection has CloseWrite, and its
+// Read gives io.EOF only after the outlet's authenticated end.
+func (s *Server) Dial(ctx context.Context) (net.Conn, error) {
+	s.init()
+	c, err := s.open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s: %w", s.Name, err)
+	}
+	if err := c.Wait(ctx); err != nil {
+		c.Reset(stream.CodeLocal, "")
+		return nil, fmt.Errorf("dialling %s: %w", s.Name, err)
+	}
+	return c, nil
+}
+
+// open opens a stream on the live channel; one that is going away is asked
+// only once.
+func (s *Server) open(ctx context.Context) (*stream.Conn, error) {
+	for {
+		l, err := s.keeper.Get(ctx)
+		if err != nil {
+			return nil, err
+		}
+		c, err := l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: s.Name})
+		if err == nil {
+			return c, nil
+		}
+		if !errors.Is(err, stream.ErrAway) && l.Err() == nil && !isReset(err) {
+			return nil, err
+		}
+		// The Keeper is about to know it too.
+		if err := s.keeper.Wait(ctx, l); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func isReset(err error) bool {
+	var r *stream.ResetError
+	return errors.As(err, &r)
+}
+
+// Serve accepts connections from ln until ctx ends or Drain is called, and
+// returns when they are over. It owns ln. Several listeners may be served at
+// once, and Run must be running.
+func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
+	s.init()
+	end := make(chan struct{})
+	s.mu.Lock()
+	s.ends[end] = struct{}{}
+	draining := s.draining.Load()
+	s.mu.Unlock()
+	if draining {
+		ln.Close()
+		return nil
+	}
+	defer func() {
+		s.mu.Lock()
+		delete(s.ends, end)
+		s.mu.Unlock()
+	}()
+	var all sync.WaitGroup
+	all.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-end:
+		}
+		ln.Close()
+	})
+	var failed error
+	for pause := time.Duration(0); ; {
+		// A place before the connection: what cannot be served waits in the
+		// kernel's backlog, where it costs us nothing.
+		select {
+		case s.slots <- struct{}{}:
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		c, err := ln.Accept()
+		if err == nil {
+			pause = 0
+			stream.Arm(c)
+			s.streams.Add(1)
+			all.Go(func() {
+				s.serve(ctx, c)
+				s.streams.Add(-1)
+				<-s.slots
+			})
+			continue
+		}
+		<-s.slots
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			break
+		}
+		var temporary interface{ Temporary() bool }
+		if !errors.As(err, &temporary) || !temporary.Temporary() {
+			failed = fmt.Errorf("accepting connections on %v: %w", ln.Addr(), err)
+			break
+		}
+		// Out of descriptors: wait for some to come back.
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+		s.log.Warn("accepting connections", "err", err, "again in", pause)
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+	}
+	s.mu.Lock()
+	if _, ok := s.ends[end]; ok {
+		delete(s.ends, end)
+		close(end)
+	}
+	s.mu.Unlock()
+	all.Wait()
+	return failed
+}
+
+// serve takes one local connection to its end.
+func (s *Server) serve(ctx context.Context, c net.Conn) {
+	held, cancel := context.WithTimeout(ctx, s.Hold)
+	st, err := s.open(held)
+	cancel()
+	if err != nil {
+		s.log.Warn("a connection is refused", "name", s.Name, "reason", err)
+		s.refuse(c, err)
+		return
+	}
+	if s.Kind != Raw {
+		// Whoever can be told is told before the first byte of an answer.
+		limited, cancel := context.WithTimeout(ctx, answerTime)
+		err := st.Wait(limited)
+		cancel()
+		if err != nil {
+			st.Reset(stream.CodeLocal, "")
+			s.log.Warn("a connection is refused", "name", s.Name, "stream", st.ID(), "reason", err)
+			s.refuse(c, err)
+			return
+		}
+	}
+	if err := st.Join(c); err != nil {
+		s.log.Info("a connection was reset", "name", s.Name, "stream", st.ID(), "reason", err)
+	}
+}
+
+// Streams is the number of local connections.
+func (s *Server) Streams() int { return int(s.streams.Load()) }
+
+// Drain closes the listeners, waits for the streams until ctx ends, and resets
+// those that are left; it returns their number. The end of Run's context does
+// the rest.
+func (s *Server) Drain(ctx context.Context) (left int) {
+	s.init()
+	s.draining.Store(true)
+	s.mu.Lock()
+	for end := range s.ends {
+		delete(s.ends, end)
+		close(end)
+	}
+	s.mu.Unlock()
+	l := s.keeper.Live()
+	if l == nil {
+		return 0
+	}
+	idle := make(chan struct{})
+	go func() { l.Mux.WaitIdle(); close(idle) }()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+		left = s.Streams()
+		l.Mux.ResetAll(stream.CodeAway, "the inlet is shutting down")
+		<-idle
+	}
+	return left
+}

@@ -1,0 +1,96 @@
+package inlet
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/pgwire"
+	"github.com/portal-tunnel/portal/internal/stream"
+)
+
+// endCode is the code of streams whose credentials ended.
+const endCode = stream.CodeExpired
+
+// refuse tells a local client why it is not connected, as its kind can be
+// told, and closes the connection: with a reset where nothing can be said.
+func (s *Server) refuse(c net.Conn, err error) {
+	refused := isRefusal(err)
+	switch s.Kind {
+	case PG:
+		r := pgwire.Refusal{
+			Code:    pgwire.TargetDown,
+			Message: fmt.Sprintf("portal: %s cannot be reached: %v", s.Name, err),
+			Hint:    "portal ping " + s.Name + " shows the way hop by hop.",
+		}
+		if refused {
+			r.Code = pgwire.Refused
+			r.Message = fmt.Sprintf("portal: refused by outlet %s: %v (PORTAL-E0301)", s.Name, err)
+			r.Hint = "Ask whoever issues your credential for the attribute that the outlet's policy wants."
+		}
+		disarm(c)
+		if err := pgwire.Refuse(c, nil, r); err != nil {
+			s.log.Debug("the client could not be told", "err", err)
+		}
+	case HTTP:
+		disarm(c)
+		s.refuseHTTP(c, refused, err)
+	default:
+		stream.Abort(c)
+	}
+}
+
+func disarm(c net.Conn) {
+	if t, ok := c.(*net.TCPConn); ok {
+		t.SetLinger(-1)
+	}
+}
+
+func isRefusal(err error) bool {
+	var refused *stream.RefusedError
+	if errors.As(err, &refused) {
+		return refused.Code == stream.CodeRefused || refused.Code == stream.CodeExpired || refused.Code == stream.CodeRevoked
+	}
+	var here *channel.Refused
+	var there *channel.Closed
+	return errors.As(err, &here) || errors.As(err, &there) && there.Code == channel.CloseRefused
+}
+
+const (
+	refuseTime = 5 * time.Second
+	maxHead    = 64 << 10 // a request's head; what browsers and proxies allow
+)
+
+// refuseHTTP answers one request with 403 or 502 and closes.
+func (s *Server) refuseHTTP(c net.Conn, refused bool, why error) {
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(refuseTime))
+	// The head is read, so that the client is listening when it is answered;
+	// what it asks for does not matter.
+	if _, err := http.ReadRequest(bufio.NewReader(io.LimitReader(c, maxHead))); err != nil {
+		return
+	}
+	status, code := http.StatusBadGateway, "PORTAL-E0401"
+	if refused {
+		status, code = http.StatusForbidden, "PORTAL-E0301"
+	}
+	type message struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}
+	body, _ := json.Marshal(map[string]message{"error": {code, fmt.Sprintf("portal: %s: %v", s.Name, why)}})
+	fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
+		status, http.StatusText(status), len(body), body)
+	if w, ok := c.(interface{ CloseWrite() error }); ok {
+		w.CloseWrite()
+		// A body that is still on its way would turn the close into a reset and
+		// take the answer with it.
+		io.CopyN(io.Discard, c, 1<<20)
+	}
+}
