@@ -1,0 +1,155 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Exit codes. The hundreds digit of an error code is the exit code.
+const (
+	exitFine        = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitRefused     = 3
+	exitUnreachable = 4
+	exitDrain       = 5
+	exitInterrupted = 130
+)
+
+// A code names one cause for good: scripts and searches rely on it. Its text
+// is PORTAL-E and four digits, of which the first two are the exit code.
+type code int
+
+// The codes that exist. A number is never used for another cause.
+const (
+	codeFailed       code = 100
+	codeInUse        code = 101
+	codeHomeBusy     code = 102
+	codeLocked       code = 103
+	codeState        code = 104
+	codeListen       code = 105
+	codeUsage        code = 200
+	codeUnknownFlag  code = 201
+	codeUnknown      code = 202
+	codeAddress      code = 203
+	codeWildcard     code = 204
+	codePolicy       code = 205
+	codeTicketForm   code = 206
+	codeSecretArg    code = 207
+	codeNoHome       code = 208
+	codeHomeOpen     code = 209
+	codeNoMember     code = 210
+	codeOtherAuth    code = 211
+	codeNoAuthority  code = 212
+	codeNotYet       code = 213
+	codeName         code = 214
+	codeAttribute    code = 215
+	codePin          code = 216
+	codeRefused      code = 301
+	codeExpired      code = 302
+	codeTicketOver   code = 303
+	codeTicketUsed   code = 304
+	codeTicketGone   code = 305
+	codeTicketNone   code = 306
+	codeOtherPeer    code = 307
+	codeSkew         code = 308
+	codeUnreachable  code = 401
+	codeTargetDown   code = 402
+	codeTargetSlow   code = 403
+	codeBusy         code = 404
+	codeDrainTimeout code = 501
+)
+
+// causes is what `portal explain` says of each code: the cause, then what to do.
+var causes = map[code][2]string{
+	codeFailed:       {"something failed at run time", "read the text before the code; it names the step"},
+	codeInUse:        {"the address to listen on is taken", "stop the process that is named, or listen elsewhere; port 0 takes a free one"},
+	codeHomeBusy:     {"another authority runs on this home", "stop the process that is named, or use another --home"},
+	codeLocked:       {"another process held the home's lock for more than 5 s", "see what the process that is named is doing; the lock is only held for one write"},
+	codeState:        {"state could not be written; nothing was changed", "make room on the disk that holds the home, or mend its permissions"},
+	codeListen:       {"the address cannot be listened on", "use an address of this host, and a port above 1023 unless you may use lower ones"},
+	codeUsage:        {"the command line does not say what to do", "see `portal COMMAND --help`"},
+	codeUnknownFlag:  {"the command has no such flag", "see `portal COMMAND --help`"},
+	codeUnknown:      {"there is no such command", "see `portal --help`"},
+	codeAddress:      {"an address is not one", "PORT, HOST:PORT or unix:/path"},
+	codeWildcard:     {"an inlet would listen on every interface, where everybody who reaches this host could use it", "listen on loopback, or say --unsafe-listen"},
+	codePolicy:       {"a policy does not parse, or would leave the expression it was given as", "the caret shows where; P is one Cedar expression, or @FILE with whole policies"},
+	codeTicketForm:   {"a ticket is cut short, altered or of another version", "copy the whole line again; `portal ticket create` prints it"},
+	codeSecretArg:    {"a ticket stood on the command line, where every user of the host can read it", "give it on stdin (`portal enroll -`), in a file, or in PORTAL_TICKET; and make a new one: this one has been seen"},
+	codeNoHome:       {"nothing says where to keep the identity", "--home DIR or PORTAL_HOME"},
+	codeHomeOpen:     {"others can read what must be private", "the chmod that is named"},
+	codeNoMember:     {"this home is not a member of any authority", "`portal enroll` with a ticket, or --ticket FILE"},
+	codeOtherAuth:    {"the home belongs to one authority, the ticket or address to another", "use another --home for the other authority"},
+	codeNoAuthority:  {"this home holds no authority", "run it where `portal authority` runs, as the same user and with the same --home"},
+	codeNotYet:       {"the command or flag is reserved and not available in this version", "leave it out"},
+	codeName:         {"a name is not one", "segments of a-z 0-9 . _ - joined by /, at most 63 bytes"},
+	codeAttribute:    {"an attribute is not one", "name=text, or name:=JSON with a string, integer, boolean or list of strings"},
+	codePin:          {"two pins of the same peer disagree", "--peer and the ID of --direct must be the same"},
+	codeRefused:      {"a policy or a credential says no", "the text names the policy or the attribute that is missing; a new ticket can carry it"},
+	codeExpired:      {"a credential is over and could not be renewed", "see that the authority can be reached"},
+	codeTicketOver:   {"the ticket's time is over", "`portal ticket create` makes another"},
+	codeTicketUsed:   {"the ticket has been used as often as it may", "`portal ticket create` makes another"},
+	codeTicketGone:   {"the ticket was revoked", "`portal ticket create` makes another"},
+	codeTicketNone:   {"the authority does not know this ticket", "see that it was made on the authority it names"},
+	codeOtherPeer:    {"another identity answered than the one that was demanded", "somebody stands in between, or the peer has a new home: compare with `portal identity show` there"},
+	codeSkew:         {"the clocks of this host and of the authority disagree by more than 60 s", "set the clock"},
+	codeUnreachable:  {"nobody answered at the address", "see that the other side runs, and that the address is right"},
+	codeTargetDown:   {"the outlet's target refused the connection", "start the service behind the outlet"},
+	codeTargetSlow:   {"the outlet's target did not answer in time", "see why the service behind the outlet does not accept"},
+	codeBusy:         {"a limit on streams or dials is reached", "try again later, or raise the limit"},
+	codeDrainTimeout: {"streams were still open at the end of the grace time and were reset", "a longer --grace, if they should have ended"},
+}
+
+func (c code) String() string { return fmt.Sprintf("PORTAL-E%04d", int(c)) }
+
+// exit is the process's exit status for the cause.
+func (c code) exit() int { return int(c) / 100 }
+
+// A failure is an error as a person sees it: what was being done and why it
+// failed, a stable code, and what to do about it.
+type failure struct {
+	code   code
+	err    error
+	remedy string // empty: nothing beyond the text
+}
+
+func (f *failure) Error() string { return f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
+// fail makes a failure; the format takes %w.
+func fail(c code, remedy, format string, args ...any) error {
+	return &failure{code: c, err: fmt.Errorf(format, args...), remedy: remedy}
+}
+
+// exitStatus ends the process with a status that needs no words, because they
+// were said before.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// report says an error to a person and returns the exit status.
+func (s *session) report(err error) int {
+	var status exitStatus
+	switch {
+	case err == nil:
+		return exitFine
+	case errors.As(err, &status):
+		return int(status)
+	}
+	f := classify(err)
+	text := strings.TrimRight(f.err.Error(), "\n")
+	// A caret must stay under its column, so a text of several lines is
+	// printed as it is, the code behind its first line.
+	first, rest, several := strings.Cut(text, "\n")
+	s.say("%s (%s)", plain(first), f.code)
+	if several {
+		for line := range strings.SplitSeq(rest, "\n") {
+			s.line(plain(line))
+		}
+	}
+	if f.remedy != "" {
+		s.say("%s", plain(f.remedy))
+	}
+	return f.code.exit()
+}

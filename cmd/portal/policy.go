@@ -1,0 +1,54 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"strings"
+
+	"github.com/portal-tunnel/portal/abac"
+)
+
+// maxPolicy is what is read of a file; abac's own limit is the same.
+const maxPolicy = 64 << 10
+
+// policy reads the values of one flag: P is a Cedar expression, scoped to the
+// action and the name, or @FILE with whole policies. Together they are one set:
+// any permit, no forbid. nil when there are none.
+func policy(flag, action, name string, ps []string) (*abac.Policy, error) {
+	var set []*abac.Policy
+	for _, p := range ps {
+		one, err := onePolicy(action, name, p)
+		var syntax *abac.SyntaxError
+		if errors.As(err, &syntax) {
+			if syntax.Name == "" {
+				syntax.Name = "--" + flag
+			}
+			return nil, &failure{code: codePolicy, err: syntax}
+		}
+		if err != nil {
+			return nil, fail(codePolicy, "", "--%s: %w", flag, err)
+		}
+		set = append(set, one)
+	}
+	if len(set) == 0 {
+		return nil, nil
+	}
+	return abac.Join(set...), nil
+}
+
+func onePolicy(action, name, p string) (*abac.Policy, error) {
+	file, ok := strings.CutPrefix(p, "@")
+	if !ok {
+		return abac.Short(action, name, p)
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	src, err := readAll(f, maxPolicy, file)
+	if err != nil {
+		return nil, err
+	}
+	return abac.Parse(file, src)
+}

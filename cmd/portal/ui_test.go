@@ -1,0 +1,218 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+)
+
+func TestPeerTextIsEscapedAndBounded(t *testing.T) {
+	for text, want := range map[string]string{
+		"db1":                    "db1",
+		"naïve":                  "naïve",
+		"a\x1b[2Jb":              `a\x1b[2Jb`,
+		"a\nportal: b":           `a\nportal: b`,
+		"a\u202eb":               `a\u202eb`,
+		"\xff\xfe":               `\xff\xfe`,
+		"db is ready":            "db is READY",
+		"already enrolled":       "already enrolled",
+		strings.Repeat("x", 999): strings.Repeat("x", peerText) + "…",
+	} {
+		if got := fromPeer(text); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}
+
+func FuzzPeerText(f *testing.F) {
+	f.Add("a\x1b[31m\xff\u202e")
+	f.Fuzz(func(t *testing.T, text string) {
+		got := fromPeer(text)
+		if !utf8.ValidString(got) || strings.ContainsAny(got, "\n\r\x1b") || ready.MatchString(got) || len(got) > 10*peerText {
+			t.Errorf("%q: %q", text, got)
+		}
+	})
+}
+
+func TestHomeIsFoundInThisOrder(t *testing.T) {
+	env := environment{"HOME=/u", "XDG_STATE_HOME=/x", "STATE_DIRECTORY=/s:/t"}
+	for _, test := range []struct {
+		flag string
+		env  environment
+		want string
+	}{
+		{"/f", env, "/f"},
+		{"", env, "/s"},
+		{"", env[:2], "/x/portal"},
+		{"", env[:1], "/u/.local/state/portal"},
+		{"", environment{"HOME=/u", "XDG_STATE_HOME=relative"}, "/u/.local/state/portal"},
+	} {
+		if got, err := homeDir(test.flag, test.env); err != nil || got != test.want {
+			t.Errorf("%q %q: %q, %v", test.flag, test.env, got, err)
+		}
+	}
+	var f *failure
+	if _, err := homeDir("", nil); !errors.As(err, &f) || f.code != codeNoHome || f.code.exit() != exitUsage {
+		t.Errorf("without any: %v", err)
+	}
+}
+
+// stuck is a reader of stderr that does not read until it is let go.
+type stuck struct {
+	gate chan struct{}
+	got  bytes.Buffer
+}
+
+func (s *stuck) Write(b []byte) (int, error) {
+	<-s.gate
+	return s.got.Write(b)
+}
+
+func TestSlowReaderOfTheLogLosesLinesAndStallsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &stuck{gate: make(chan struct{})}
+		l := newLines(w, lostLines)
+		line := []byte(strings.Repeat("x", 1023) + "\n")
+		l.Write(line)
+		synctest.Wait() // the first line is with the reader
+		for range 2 * logHeld / len(line) {
+			l.Write(line) // returns: it is what the test is about
+		}
+		close(w.gate)
+		l.Close()
+		if want := "portal: 1024 lines dropped"; !strings.Contains(w.got.String(), want) {
+			t.Errorf("no %q in what was written", want)
+		}
+		if n := strings.Count(w.got.String(), "xxx\n"); n != 1025 {
+			t.Errorf("%d lines arrived, want 1025", n)
+		}
+	})
+}
+
+func TestEndOfTheProcessDoesNotWaitForASlowReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &stuck{gate: make(chan struct{})}
+		l := newLines(w, lostLines)
+		l.Write([]byte("x\n"))
+		begin := time.Now()
+		l.Close()
+		if took := time.Since(begin); took != logFlush {
+			t.Errorf("closing took %s", took)
+		}
+		close(w.gate)
+	})
+}
+
+func testSession(stderr *bytes.Buffer) *session {
+	s := &session{stdin: strings.NewReader(""), stdout: new(bytes.Buffer), stderr: newLines(stderr, lostLines)}
+	s.log, _ = newLog(s.stderr, false, "", "")
+	return s
+}
+
+// The life of a job that has streams: what it says and its exit status.
+func TestSignalsDrainAndExitAsDocumented(t *testing.T) {
+	type signal struct {
+		after time.Duration
+		sig   os.Signal
+	}
+	const grace = 25 * time.Second
+	for _, test := range []struct {
+		name    string
+		streams int
+		ends    time.Duration // when the streams end by themselves; 0: never
+		signals []signal
+		status  int
+		took    time.Duration
+		says    string
+	}{
+		{"idle, SIGTERM", 0, time.Nanosecond, []signal{{0, syscall.SIGTERM}}, 0, time.Nanosecond, "ended: terminated"},
+		{"idle, SIGINT", 0, time.Nanosecond, []signal{{0, syscall.SIGINT}}, 130, time.Nanosecond, "ended: interrupt"},
+		{"drained, SIGTERM", 1, 3 * time.Second, []signal{{0, syscall.SIGTERM}}, 0, 3 * time.Second, "draining 1 stream for 25 s; again to end now"},
+		{"drained, SIGINT", 2, 3 * time.Second, []signal{{0, syscall.SIGINT}}, 130, 3 * time.Second, "draining 2 streams for 25 s; again to end now"},
+		{"timed out, SIGTERM", 1, 0, []signal{{0, syscall.SIGTERM}}, 5, grace, "ended: 1 stream reset (PORTAL-E0501)"},
+		{"timed out, SIGINT", 1, 0, []signal{{0, syscall.SIGINT}}, 5, grace, "ended: 1 stream reset"},
+		{"second SIGINT", 1, 0, []signal{{0, syscall.SIGINT}, {time.Second, syscall.SIGINT}}, 130, time.Second, "ended: 1 stream reset"},
+		{"second SIGTERM", 1, 0, []signal{{0, syscall.SIGTERM}, {time.Second, syscall.SIGTERM}}, 5, time.Second, "ended: 1 stream reset"},
+		{"SIGTERM, then SIGINT", 1, 0, []signal{{0, syscall.SIGTERM}, {time.Second, syscall.SIGINT}}, 130, time.Second, "ended: 1 stream reset"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var stderr bytes.Buffer
+				s := testSession(&stderr)
+				signals := make(chan os.Signal, 4)
+				go func() {
+					for _, g := range test.signals {
+						time.Sleep(g.after)
+						signals <- g.sig
+					}
+				}()
+				begin := time.Now()
+				err := s.govern(context.Background(), job{
+					role: "outlet", name: "db", grace: grace,
+					run:     func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+					streams: func() int { return test.streams },
+					drain: func(ctx context.Context) int {
+						if test.ends != 0 {
+							select {
+							case <-time.After(test.ends):
+								return 0
+							case <-ctx.Done():
+							}
+						}
+						<-ctx.Done()
+						return test.streams
+					},
+				}, signals)
+				took := time.Since(begin)
+				status := s.report(err)
+				s.stderr.Close()
+				if status != test.status || took != test.took {
+					t.Errorf("exit %d after %s, want %d after %s", status, took, test.status, test.took)
+				}
+				if !strings.Contains(stderr.String(), test.says) {
+					t.Errorf("stderr has no %q:\n%s", test.says, &stderr)
+				}
+			})
+		})
+	}
+}
+
+func TestJobThatFailsEndsTheProcess(t *testing.T) {
+	var stderr bytes.Buffer
+	s := testSession(&stderr)
+	err := s.govern(context.Background(), job{role: "outlet", run: func(context.Context) error { return errors.New("the port is gone") }}, nil)
+	if status := s.report(err); status != exitFailed {
+		t.Errorf("exit %d", status)
+	}
+	s.stderr.Close()
+	if !strings.Contains(stderr.String(), "portal: the port is gone (PORTAL-E0100)") {
+		t.Errorf("stderr: %s", &stderr)
+	}
+}
+
+func TestEveryCodeIsExplainedAndLeadsToADocumentedExit(t *testing.T) {
+	for c, text := range causes {
+		if e := c.exit(); e < exitFailed || e > exitDrain {
+			t.Errorf("%s: exit %d", c, e)
+		}
+		if text[0] == "" || text[1] == "" {
+			t.Errorf("%s is not explained", c)
+		}
+	}
+}
+
+// The word stands in the line that scripts wait for, and in no other.
+func TestNoExplanationSaysReady(t *testing.T) {
+	for c, text := range causes {
+		if ready.MatchString(text[0] + text[1]) {
+			t.Errorf("%s: %q", c, text)
+		}
+	}
+}
