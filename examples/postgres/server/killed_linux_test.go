@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 func TestAKilledParentLeavesNothing(t *testing.T) {
@@ -35,10 +37,15 @@ func TestAKilledParentLeavesNothing(t *testing.T) {
 	if _, err := fmt.Fscan(stdout, &dir, &addr); err != nil {
 		t.Fatal("the parent did not start a server: ", err)
 	}
-	client, err := net.Dial("tcp", addr)
+	_, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		t.Fatal(err)
 	}
+	session, err := pgconn.Connect(t.Context(), "host="+dir+" port="+port+" user=postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := session.Conn()
 	defer client.Close()
 	fd, err := syscall.InotifyInit1(syscall.IN_NONBLOCK | syscall.IN_CLOEXEC)
 	if err != nil {

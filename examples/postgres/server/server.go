@@ -45,9 +45,13 @@ type Server struct {
 	closed  error
 }
 
+const stopWithin = 20 * time.Second
+
 // supervise is what runs as PostgreSQL's user. It outlives us when we are killed (SIGTERM is then
 // sent to it by the kernel), so it is the one that owns the directory $1 and removes it.
-// SIGQUIT is PostgreSQL's immediate shutdown: nothing here is worth a checkpoint.
+// SIGQUIT is PostgreSQL's immediate shutdown: nothing here is worth a checkpoint. It does not reach
+// a backend forked while the shutdown began, whose client has not spoken yet (a "dead-end" one, read
+// in 15's postmaster.c); that one goes at authentication_timeout, far below stopWithin.
 const supervise = `
 dir=$1 bin=$2 port=$3 connections=$4
 pid=
@@ -62,6 +66,7 @@ host  all postgres 127.0.0.1/32 reject
 host  all all      127.0.0.1/32 trust
 end
 "$bin/postgres" -D "$dir/data" -k "$dir" -p "$port" -c listen_addresses=127.0.0.1 -c max_connections="$connections" \
+	-c authentication_timeout=5s \
 	-c fsync=off -c synchronous_commit=off -c full_page_writes=off -c shared_buffers=32MB \
 	-c logging_collector=off -c log_destination=stderr -c lc_messages=C & pid=$!
 wait $pid
@@ -214,7 +219,7 @@ func psql(ctx context.Context, host string, port int, role, database, input stri
 // It may be called again.
 func (s *Server) Close() error {
 	s.close.Do(func() {
-		err := s.process.Stop(20 * time.Second)
+		err := s.process.Stop(stopWithin)
 		// The supervisor has removed it, unless it had to be killed.
 		s.closed = errors.Join(err, os.RemoveAll(s.dir))
 	})

@@ -7,8 +7,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 func TestPsqlReadsWhatSetupWrote(t *testing.T) {
@@ -61,11 +64,16 @@ func TestCloseLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	open, err := net.Dial("tcp", s.Addr()) // a client in the middle of something
+	silent, err := net.Dial("tcp", s.Addr())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer open.Close()
+	defer silent.Close()
+	session, err := pgconn.Connect(t.Context(), "host="+s.Socket+" port="+strconv.Itoa(s.Port)+" user=postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close(t.Context())
 	for range 2 {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
