@@ -82,18 +82,17 @@ func Refuse(conn net.Conn, startup []byte, r Refusal) error {
 	if err != nil {
 		return fmt.Errorf("refusing a PostgreSQL client: %w", err)
 	}
-	if cancel {
-		return nil
+	if !cancel {
+		msg, err := r.encode()
+		if err == nil {
+			_, err = conn.Write(msg)
+		}
+		if err != nil {
+			return fmt.Errorf("refusing a PostgreSQL client: %w", err)
+		}
 	}
-	msg, err := r.encode()
-	if err == nil {
-		_, err = conn.Write(msg)
-	}
-	if err != nil {
-		return fmt.Errorf("refusing a PostgreSQL client: %w", err)
-	}
-	// Closing with bytes unread is a reset too: the client closes first, or has
-	// had its time.
+	// Closing with bytes unread, such as the key of a cancel request, is a reset
+	// too: the client closes first, or has had its time.
 	if w, ok := conn.(interface{ CloseWrite() error }); ok {
 		w.CloseWrite()
 		io.Copy(io.Discard, io.LimitReader(conn, maxRest))

@@ -204,6 +204,33 @@ func TestBytesSentBeforeTheAnswerAboutEncryptionAreNotTaken(t *testing.T) {
 	}
 }
 
+// Over TCP a reset would take the answer with it; inlets make every close a reset
+// until a connection has ended well.
+func TestClientReadsToTheEndWithoutAReset(t *testing.T) {
+	want, _ := refusal.encode()
+	for _, c := range []struct {
+		name string
+		send []byte
+		want []byte
+	}{
+		{"refused", startup, want},
+		{"refused, with more behind the startup", append(bytes.Clone(startup), make([]byte, 1000)...), want},
+		{"cancel", cancel, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", serve(t, "tcp", "127.0.0.1:0", 0))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.Write(c.send)
+			if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, c.want) {
+				t.Errorf("%q, %v", got, err)
+			}
+		})
+	}
+}
+
 // counting is a connection that counts what is read from it.
 type counting struct {
 	net.Conn
@@ -295,8 +322,10 @@ func TestHeadLetsEitherTheAnswerOrTheRefusalThrough(t *testing.T) {
 	// Answered first: the connection is not touched.
 	var h Head
 	h.Said(startup)
-	if !h.Answer() || !h.Answer() {
-		t.Error("an answer was held back")
+	for range 2 {
+		if !h.Answer() {
+			t.Error("an answer was held back")
+		}
 	}
 	if err := h.Refuse(nil, refusal); !errors.Is(err, ErrAnswered) {
 		t.Errorf("%v", err)
@@ -365,6 +394,37 @@ func (s *scripted) Read(b []byte) (int, error)  { return s.in.Read(b) }
 func (s *scripted) Write(b []byte) (int, error) { return s.out.Write(b) }
 func (s *scripted) SetDeadline(time.Time) error { return nil }
 func (s *scripted) Close() error                { s.closed = true; return nil }
+
+// orderly is a scripted client on a socket.
+type orderly struct {
+	scripted
+	calls []string
+}
+
+func (o *orderly) SetLinger(sec int) error {
+	o.calls = append(o.calls, fmt.Sprint("linger ", sec))
+	return nil
+}
+func (o *orderly) CloseWrite() error {
+	o.calls = append(o.calls, "close write")
+	return nil
+}
+func (o *orderly) Close() error {
+	o.calls = append(o.calls, fmt.Sprint("close, unread ", o.in.Len()))
+	return nil
+}
+
+func TestSocketIsReadToItsEndBeforeItIsClosed(t *testing.T) {
+	for _, sent := range [][]byte{startup, append(bytes.Clone(startup), "more"...), cancel} {
+		o := &orderly{scripted: scripted{in: bytes.NewReader(sent)}}
+		if err := Refuse(o, nil, refusal); err != nil {
+			t.Error(err)
+		}
+		if got, want := strings.Join(o.calls, "; "), "linger -1; close write; close, unread 0"; got != want {
+			t.Errorf("%q: %s", sent, got)
+		}
+	}
+}
 
 func FuzzRefuse(f *testing.F) {
 	f.Add([]byte{}, startup)
