@@ -393,8 +393,34 @@ func TestMaxSessionCountsFromAdmission(t *testing.T) {
 	})
 }
 
+func TestPolicyChangeShortensSessions(t *testing.T) {
+	var current atomic.Pointer[abac.Policy]
+	current.Store(agents(t)())
+	b := &Book{Policy: current.Load}
+	bubble(t, b, func(t *testing.T) {
+		w := newWorld(t)
+		h := w.admit(b, open)
+		p, err := abac.Parse("p", []byte(`@max_session("10m") permit(principal, action, resource);`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Minute)
+		current.Store(p)
+		b.Again("new policy")
+		if left := time.Until(h.Until()); h.ends() != 0 || left != 5*time.Minute {
+			t.Fatalf("%v left: %v", left, h.why())
+		}
+		time.Sleep(5*time.Minute + 2*time.Second)
+		synctest.Wait()
+		if h.ends() != 1 {
+			t.Error("it goes on")
+		}
+		h.Release()
+	})
+}
+
 func TestWallClockJumpsNeverExtendALease(t *testing.T) {
-	p, err := abac.Parse("p", []byte(`@max_session("2h") permit(principal, action, resource) when { principal.role == "agent" };`))
+	p, err := abac.Parse("p", []byte(`@max_session("1h1s") permit(principal, action, resource) when { principal.role == "agent" };`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -419,38 +445,75 @@ func TestWallClockJumpsNeverExtendALease(t *testing.T) {
 		"year 2262": {to(time.Date(2262, 1, 1, 0, 0, 0, 0, time.UTC)), true},
 		"+50s":      {by(50 * time.Second), false},
 	} {
-		t.Run(name, func(t *testing.T) {
-			var offset atomic.Int64
-			b := &Book{
-				Policy: func() *abac.Policy { return p },
-				Now:    func() time.Time { return time.Now().Add(time.Duration(offset.Load())) },
-			}
-			bubble(t, b, func(t *testing.T) {
-				w := newWorld(t)
-				h := w.admit(b, open)
-				end := time.Now().Add(time.Hour)
-				time.Sleep(10 * time.Minute)
-				offset.Store(int64(c.jump(time.Now())))
-				time.Sleep(2 * time.Second)
-				synctest.Wait()
-				if c.atOnce != (h.ends() == 1) {
-					t.Fatalf("%d ends: %v", h.ends(), h.why())
+		for who, life := range map[string][2]time.Duration{ // of the peer's credential and of our own
+			Peer:    {time.Hour, 10 * time.Hour},
+			Self:    {10 * time.Hour, time.Hour},
+			Session: {10 * time.Hour, 10 * time.Hour},
+		} {
+			t.Run(name+"/"+who, func(t *testing.T) {
+				var offset atomic.Int64
+				b := &Book{
+					Policy: func() *abac.Policy { return p },
+					Now:    func() time.Time { return time.Now().Add(time.Duration(offset.Load())) },
 				}
-				if !c.atOnce {
-					// Neither a decision made again nor a second lease moves the end.
-					b.Again("policy")
-					second := w.admit(b, open)
-					time.Sleep(time.Until(end) + 2*time.Second)
+				bubble(t, b, func(t *testing.T) {
+					w := newWorld(t)
+					w.renewPeer(life[0]+time.Second, agentRole)
+					w.renewSelf(life[1] + time.Second)
+					h := w.admit(b, open)
+					end := time.Now().Add(time.Hour + time.Second)
+					time.Sleep(10 * time.Minute)
+					offset.Store(int64(c.jump(time.Now())))
+					time.Sleep(2 * time.Second)
 					synctest.Wait()
-					if h.ends() != 1 || second.ends() != 1 {
-						t.Errorf("%v after its end: %v, %v", 2*time.Second, h.why(), second.why())
+					if c.atOnce != (h.ends() == 1) {
+						t.Fatalf("%d ends: %v", h.ends(), h.why())
 					}
-					second.Release()
-				}
-				h.Release()
-				empty(t, b, w)
+					if !c.atOnce {
+						// Neither a decision made again nor a second lease moves the end.
+						b.Again("policy")
+						second := w.admit(b, open)
+						time.Sleep(time.Until(end) + 2*time.Second)
+						synctest.Wait()
+						if h.ends() != 1 || second.ends() != 1 && who != Session { // which began later
+							t.Errorf("%v after its end: %v, %v", 2*time.Second, h.why(), second.why())
+						}
+						second.Release()
+					}
+					h.Release()
+					empty(t, b, w)
+				})
 			})
-		})
+		}
+	}
+}
+
+func TestAdmissionUnderAWildClockNeitherPanicsNorOverflows(t *testing.T) {
+	for _, wall := range []time.Time{{}, time.Unix(0, 0), time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)} {
+		w := newWorld(t)
+		now := wall
+		b := &Book{Policy: agents(t), Now: func() time.Time { return now }}
+		var ended error
+		l, _, err := b.Admit(w.self, w.peer, open, func(err error) { ended = err })
+		var expired *Expired
+		if wall.Year() == 9999 {
+			if !errors.As(err, &expired) {
+				t.Errorf("%v: %v", wall, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b.sweep(); ended != nil {
+			t.Errorf("%v: %v", wall, ended)
+		}
+		now = time.Now().Add(2 * time.Hour)
+		if b.sweep(); !errors.As(ended, &expired) {
+			t.Errorf("%v: %v", wall, ended)
+		}
+		l.Release()
+		empty(t, b, w)
 	}
 }
 
@@ -526,7 +589,9 @@ func TestEndMayReleaseAndAdmit(t *testing.T) {
 	b := &Book{Policy: agents(t)}
 	var a, c *Lease
 	var again error
+	ends := 0
 	end := func(error) {
+		ends++ // once: the first releases the second, whose end was decided too
 		a.Release()
 		c.Release()
 		_, _, again = b.Admit(w.self, w.peer, open, nil)
@@ -535,8 +600,8 @@ func TestEndMayReleaseAndAdmit(t *testing.T) {
 	c, _, _ = b.Admit(w.self, w.peer, open, end)
 	w.renewPeer(2*time.Hour, identity.Attributes{})
 	var denied *Denied
-	if !errors.As(again, &denied) {
-		t.Errorf("%v", again)
+	if !errors.As(again, &denied) || ends != 1 {
+		t.Errorf("%v, %d ends", again, ends)
 	}
 	empty(t, b, w)
 }
