@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/cedar-policy/cedar-go"
 )
 
 func syntaxError(t testing.TB, err error) *SyntaxError {
@@ -50,6 +52,32 @@ func TestShortCannotLeaveItsWrapper(t *testing.T) {
 	// A comment ends within the wrapper.
 	if _, err := Short("open", "orders-db", "true // }; permit(principal,action,resource) when { true"); err != nil {
 		t.Error(err)
+	}
+}
+
+// The brackets would have to lie for any of these to come this far.
+func TestOnlyOneBareWhenClauseIsTaken(t *testing.T) {
+	for src, want := range map[string]bool{
+		`permit(principal,action,resource)when{true};`:                                   true,
+		`permit(principal,action,resource)when{true}when{true};`:                         false,
+		`permit(principal,action,resource)when{true}unless{true};`:                       false,
+		`permit(principal,action,resource)unless{true};`:                                 false,
+		`permit(principal,action,resource);`:                                             false,
+		`forbid(principal,action,resource)when{true};`:                                   false,
+		`@a("b")permit(principal,action,resource)when{true};`:                            false,
+		`permit(principal==Node::"P",action,resource)when{true};`:                        false,
+		`permit(principal,action==Action::"open",resource)when{true};`:                   false,
+		`permit(principal,action,resource is Name)when{true};`:                           false,
+		`permit(principal,action,resource)when{true};permit(principal,action,resource);`: false,
+		``: false,
+	} {
+		list, err := cedar.NewPolicyListFromBytes("", []byte(src))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := onlyWhen(list); ok != want {
+			t.Errorf("%s: %v", src, ok)
+		}
 	}
 }
 
