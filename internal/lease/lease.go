@@ -464,7 +464,11 @@ func (t *tie) decide(policy *abac.Policy, r abac.Request) abac.Decision {
 	return policy.Decide(r)
 }
 
-// principal is what a peer has proved, as policies see it. What the names below
+// Principal is what p has proved, as policies see it: for decisions that need no
+// lease. An absent credential, name or list of names to serve is an absent attribute.
+func Principal(p *identity.Peer) map[string]any { return principal(p.ID(), p.Credential()) }
+
+// principal is one snapshot of a peer for policies. What the names below
 // mean is never left to an issuer's attributes.
 func principal(id identity.ID, c *identity.Credential) map[string]any {
 	m := make(map[string]any)

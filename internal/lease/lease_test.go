@@ -198,6 +198,9 @@ func TestPrincipalIsWhatThePeerProved(t *testing.T) {
 
 	// Without a credential there is an id and nothing else.
 	stranger := w.show(w.agent)
+	if got := Principal(stranger); !reflect.DeepEqual(got, map[string]any{"id": id}) {
+		t.Errorf("%v", got)
+	}
 	for expr, want := range map[string]bool{`principal.id == "` + id + `"`: true, `principal has authority || principal has name`: false} {
 		p := policy(t, expr)
 		b := &Book{Policy: func() *abac.Policy { return p }}
