@@ -15,6 +15,7 @@ import (
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/lease"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/routing"
@@ -150,16 +151,8 @@ func (s *Server) judge(p *identity.Peer) error {
 	if s.Require == nil {
 		return nil
 	}
-	principal := map[string]any{
-		"id": p.ID().String(), "name": c.Name(), "authority": c.Issuer.String(), "serve": c.Serve(),
-	}
-	for k, v := range c.Attributes {
-		if _, ok := principal[k]; !ok {
-			principal[k] = v
-		}
-	}
 	d := s.Require.Decide(abac.Request{
-		Principal: principal, PrincipalID: p.ID().String(), Action: "serve",
+		Principal: lease.Principal(p), PrincipalID: p.ID().String(), Action: "serve",
 		Resource: map[string]any{"name": s.Name}, ResourceID: s.Name,
 	})
 	if !d.Allow {
