@@ -60,10 +60,10 @@ type Store struct {
 // Open opens the store at path and makes it when there is none; its folder must exist. It refuses a file that belongs to another user, that
 // others can read, or that is not a regular file. When another process holds the store for more than a second it returns a *HeldError.
 func Open(path string) (*Store, error) {
-	return open(path, maxSize)
+	return openSize(path, maxSize)
 }
 
-func open(path string, size int) (*Store, error) {
+func openSize(path string, size int) (*Store, error) {
 	_, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = create(path)
@@ -193,7 +193,7 @@ func (s *Store) Update(f func(*Tx) error) error {
 	step := 0
 	err := s.db.Update(func(tx *bbolt.Tx) error {
 		step = tx.ID()
-		own = f(&Tx{tx, s})
+		own = f(&Tx{tx: tx, store: s})
 		return own
 	})
 	switch {
@@ -229,7 +229,7 @@ func (s *Store) View(f func(*Tx) error) error {
 	}
 	var own error
 	err := s.db.View(func(tx *bbolt.Tx) error {
-		own = f(&Tx{tx, s})
+		own = f(&Tx{tx: tx, store: s})
 		return own
 	})
 	if own != nil || err == nil {
@@ -271,8 +271,9 @@ func (s *Store) fail(doing string, err error) error {
 
 // Tx is the store as seen in one Update or View. It is used by the goroutine that was given it, until that returns.
 type Tx struct {
-	tx    *bbolt.Tx
-	store *Store
+	tx      *bbolt.Tx
+	store   *Store
+	changes int // so far, for a scan that makes some
 }
 
 // Get returns a copy of the value, nil when there is none. The copy of an empty value is not nil.
@@ -294,6 +295,7 @@ func (t *Tx) Put(bucket string, key, value []byte) error {
 		return t.store.fail("writing", fmt.Errorf("bucket, key and value have %d, %d and %d bytes; the limits are %d, %d and %d",
 			len(bucket), len(key), len(value), MaxKey, MaxKey, MaxValue))
 	}
+	t.changes++
 	b, err := t.tx.CreateBucketIfNotExists([]byte(bucket))
 	if err != nil {
 		return t.store.fail("writing", err)
@@ -311,6 +313,7 @@ func (t *Tx) Delete(bucket string, key []byte) error {
 	if b == nil {
 		return nil
 	}
+	t.changes++
 	if err := b.Delete(key); err != nil {
 		return t.store.fail("writing", err)
 	}
@@ -318,7 +321,7 @@ func (t *Tx) Delete(bucket string, key []byte) error {
 }
 
 // Scan calls f for each key of the bucket in the order of their bytes until f returns an error, which it returns. key and value are valid
-// until f returns and must not be changed; f must not change the bucket.
+// until f returns or changes something, and must not be written to. f may change the bucket: the scan goes on with the next key that is there then.
 func (t *Tx) Scan(bucket string, f func(key, value []byte) error) error {
 	return t.ScanPrefix(bucket, nil, f)
 }
@@ -329,10 +332,24 @@ func (t *Tx) ScanPrefix(bucket string, prefix []byte, f func(key, value []byte) 
 	if b == nil {
 		return nil
 	}
+	var at []byte // the key that f was called with
 	c := b.Cursor()
-	for key, value := c.Seek(prefix); key != nil && bytes.HasPrefix(key, prefix); key, value = c.Next() {
+	key, value := c.Seek(prefix)
+	for key != nil && bytes.HasPrefix(key, prefix) {
+		if t.tx.Writable() {
+			at = append(at[:0], key...)
+		}
+		before := t.changes
 		if err := f(key, value); err != nil {
 			return err
+		}
+		if t.changes == before {
+			key, value = c.Next()
+			continue
+		}
+		c = b.Cursor() // a cursor does not survive changes
+		if key, value = c.Seek(at); bytes.Equal(key, at) {
+			key, value = c.Next()
 		}
 	}
 	return nil
