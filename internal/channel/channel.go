@@ -120,12 +120,20 @@ type opening struct {
 	in, out *records
 	binding [32]byte
 	peer    *identity.Peer
+	shown   *identity.Credential // ours, as it went into the confirmation
 	rtt     time.Duration
 }
 
 func begin(ctx context.Context, lane net.Conn, c *Config, steps func(*opening) error) (*End, error) {
-	o := &opening{lane: lane, config: c}
-	if l, ok := lane.(*Lane); ok {
+	own := *c // the caller may begin several channels with one Config
+	if own.Logger == nil {
+		own.Logger = slog.New(slog.DiscardHandler)
+	}
+	o := &opening{lane: lane, config: &own}
+	switch l := lane.(type) {
+	case *Lane:
+		o.key, o.lane = l.Key, l.Conn
+	case Lane:
 		o.key, o.lane = l.Key, l.Conn
 	}
 	deadline := time.Now().Add(handshakeTime)
@@ -263,7 +271,9 @@ func (o *opening) keys(h *handshake, out, in [32]byte) (err error) {
 
 // writeConfirm shows the credential: the first record of this direction.
 func (o *opening) writeConfirm() error {
-	if err := o.writeRecord(appendConfirm(nil, kindConfirm, o.config.Self)); err != nil {
+	var frame []byte
+	frame, o.shown = appendConfirm(nil, kindConfirm, o.config.Self)
+	if err := o.writeRecord(frame); err != nil {
 		return fmt.Errorf("sending the confirmation: %w", err)
 	}
 	return nil
@@ -280,15 +290,15 @@ func (o *opening) writeRecord(plain []byte) error {
 }
 
 // appendConfirm appends a frame with this end's credential (it may be empty)
-// and its issuer's history.
-func appendConfirm(b []byte, kind uint8, self *identity.Self) []byte {
+// and its issuer's history, and says which credential that is.
+func appendConfirm(b []byte, kind uint8, self *identity.Self) ([]byte, *identity.Credential) {
 	var raw []byte
 	c, issuer := self.Show()
 	if c != nil {
 		raw = c.Raw()
 	}
 	b = AppendHeader(b, kind, 0, 4+len(raw)+len(issuer))
-	return appendField(appendField(b, raw), issuer)
+	return appendField(appendField(b, raw), issuer), c
 }
 
 // readConfirm reads the other end's first record. It may be a close instead.

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
+	"math"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -56,18 +56,19 @@ type End struct {
 	opener *routing.Actor
 	in     *records // the lane reader's
 
-	rtt      atomic.Int64 // of the last ping, or of the handshake
-	heard    atomic.Int64 // time since begin when bytes last came in
-	begin    time.Time
-	pinged   time.Duration // the tick's
-	tick     *time.Timer
-	unlisten func()
+	rtt    atomic.Int64 // of the last ping, or of the handshake
+	heard  atomic.Int64 // time since begin when bytes last came in
+	begin  time.Time
+	pinged time.Duration // the tick's
+	tick   *time.Timer
 
-	once    sync.Once
-	done    chan struct{} // closed when err is set
-	why     error
-	closing atomic.Bool // our own close is queued
-	theirs  atomic.Bool // their close has been read
+	ending   sync.Mutex
+	ended    bool
+	unlisten func()        // under ending
+	done     chan struct{} // closed when err is set
+	why      error
+	closing  atomic.Bool // our own close is queued
+	theirs   atomic.Bool // their close has been read
 }
 
 func newEnd(o *opening) (*End, error) {
@@ -75,30 +76,45 @@ func newEnd(o *opening) (*End, error) {
 	if c.Node == nil {
 		return nil, errors.New("channel: no node for its actors")
 	}
-	if c.Logger == nil {
-		c.Logger = slog.New(slog.DiscardHandler)
-	}
 	e := &End{
 		lane: o.lane, config: c, peer: o.peer, bind: o.binding, in: o.in,
-		begin: time.Now(), done: make(chan struct{}),
+		begin: time.Now(), done: make(chan struct{}), unlisten: func() {},
 	}
 	e.rtt.Store(int64(o.rtt))
 	e.sealer.lane, e.sealer.records, e.sealer.fail = o.lane, o.out, e.fail
 	e.sealer.slots = make(map[uint64]int)
 	e.sealer.sent = make(chan struct{})
 	e.sealer.budget.Store(buffer.Batch)
+	// Started last, so that look finds everything in its place.
+	e.tick = time.AfterFunc(math.MaxInt64, e.look)
 	setLane(o.lane)
 	var err error
-	if e.sealer.actor, err = c.Node.Spawn("", &e.sealer, nil); err != nil {
-		return nil, err
-	}
 	if e.opener, err = c.Node.Spawn("", opener{}, nil); err != nil {
-		e.sealer.actor.Stop(err)
 		return nil, err
 	}
-	e.tick = time.AfterFunc(lookEvery, e.look)
-	e.unlisten = c.Self.OnChange(e.showCredential)
+	if e.sealer.actor, err = c.Node.Spawn("", &e.sealer, nil); err != nil {
+		e.opener.Stop(err)
+		return nil, err
+	}
+	e.listen(o.shown)
+	e.tick.Reset(lookEvery)
 	return e, nil
+}
+
+// listen has every renewed credential shown to the other end, also one that was
+// renewed since the confirmation was written.
+func (e *End) listen(shown *identity.Credential) {
+	stop := e.config.Self.OnChange(e.showCredential)
+	e.ending.Lock()
+	e.unlisten = stop
+	ended := e.ended
+	e.ending.Unlock()
+	if ended { // by a renewal that could not be written
+		stop()
+	}
+	if c, _ := e.config.Self.Show(); c != shown {
+		e.showCredential()
+	}
 }
 
 // opener is the actor that stands for a channel's incoming direction. Its
@@ -135,16 +151,22 @@ func (e *End) Err() error {
 
 // fail ends the channel at once. The first reason stays.
 func (e *End) fail(err error) {
-	e.once.Do(func() {
-		e.why = err
-		e.unlisten()
-		e.tick.Stop()
-		e.sealer.stop(err)
-		e.lane.Close() // frees the lane reader and a blocked write
-		e.sealer.actor.Stop(err)
-		e.opener.Stop(err)
-		close(e.done)
-	})
+	e.ending.Lock()
+	first, unlisten := !e.ended, e.unlisten
+	e.ended = true
+	e.ending.Unlock()
+	if !first {
+		<-e.done // whoever comes second relies on the end as the first does
+		return
+	}
+	e.why = err
+	unlisten()
+	e.tick.Stop()
+	e.sealer.stop(err)
+	e.lane.Close() // frees the lane reader and a blocked write
+	e.sealer.actor.Stop(err)
+	e.opener.Stop(err)
+	close(e.done)
 }
 
 // Abort tells the other end why and ends the channel without waiting for it.
@@ -177,7 +199,7 @@ func (e *End) Close() error {
 // has been silent for too long.
 func (e *End) look() {
 	now := time.Since(e.begin)
-	if now-time.Duration(e.heard.Load()) > deadAfter {
+	if now-time.Duration(e.heard.Load()) >= deadAfter {
 		e.fail(ErrDead)
 		return
 	}
@@ -188,7 +210,11 @@ func (e *End) look() {
 		b = binary.BigEndian.AppendUint64(b, uint64(now))
 		e.Control(kindPing, b)
 	}
-	e.tick.Reset(lookEvery)
+	e.ending.Lock()
+	if !e.ended {
+		e.tick.Reset(lookEvery)
+	}
+	e.ending.Unlock()
 }
 
 // Ping measures the round trip now; RTT has it when the answer is in.
@@ -199,7 +225,8 @@ func (e *End) Ping() {
 
 // showCredential sends a renewed credential into the open channel.
 func (e *End) showCredential() {
-	e.Control(kindCredential, appendConfirm(nil, kindCredential, e.config.Self))
+	frame, _ := appendConfirm(nil, kindCredential, e.config.Self)
+	e.Control(kindCredential, frame)
 }
 
 // Run reads the lane until the channel ends and returns why. It is the only

@@ -258,6 +258,15 @@ func (s *sealer) Budget() int {
 // Receive refuses messages: bytes reach a channel by its streams only.
 func (s *sealer) Receive(*routing.Actor, *routing.Message) error { return nil }
 
+// Stopped ends the channel when its node was closed or a write panicked: nobody
+// may go on waiting for an actor that is no more.
+func (s *sealer) Stopped(err error) {
+	if err == nil {
+		err = ErrClosed
+	}
+	s.fail(err)
+}
+
 // Drained writes one round: all control frames, then every data buffer that
 // was queued when it began. What arrives meanwhile wakes the actor again.
 func (s *sealer) Drained(*routing.Actor) error {
