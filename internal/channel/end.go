@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net"
 	"sync"
@@ -26,6 +25,9 @@ const (
 	// closeTime is how long whoever closes first goes on reading, so that the
 	// other end's last bytes and its close are not thrown away by a reset.
 	closeTime = 2 * time.Second
+
+	// lostTime is how long the lane reader goes on when a write has failed.
+	lostTime = time.Second
 )
 
 var (
@@ -67,8 +69,7 @@ type End struct {
 	unlisten func()        // under ending
 	done     chan struct{} // closed when err is set
 	why      error
-	closing  atomic.Bool // our own close is queued
-	theirs   atomic.Bool // their close has been read
+	leaving  atomic.Pointer[error] // why this end closes, once its close is queued
 }
 
 func newEnd(o *opening) (*End, error) {
@@ -82,6 +83,7 @@ func newEnd(o *opening) (*End, error) {
 	}
 	e.rtt.Store(int64(o.rtt))
 	e.sealer.lane, e.sealer.records, e.sealer.fail = o.lane, o.out, e.fail
+	e.sealer.lost = e.lost
 	e.sealer.slots = make(map[uint64]int)
 	e.sealer.sent = make(chan struct{})
 	e.sealer.budget.Store(buffer.Batch)
@@ -169,28 +171,72 @@ func (e *End) fail(err error) {
 	close(e.done)
 }
 
+// lost is told that a write to the lane failed. What the other end said before
+// it hung up may be unread yet, so the lane reader has a moment to find it.
+func (e *End) lost(err error) {
+	e.sealer.stop(err)
+	time.AfterFunc(lostTime, func() { e.fail(err) })
+}
+
 // Abort tells the other end why and ends the channel without waiting for it.
 func (e *End) Abort(code CloseCode, reason error) {
-	if e.closing.Swap(true) {
-		return
+	if e.leave(code, reason, reason.Error()) {
+		time.AfterFunc(closeTime, func() { e.fail(reason) })
 	}
-	e.finish(appendClose(nil, code, reason.Error()))
-	time.AfterFunc(closeTime, func() { e.fail(reason) })
 }
 
 // Close ends the channel in good order: what is queued goes out, then an
 // authenticated close; then the other end's close is awaited, at most two
-// seconds. Run must be running.
+// seconds. A lane that takes nothing for two seconds is given up. Run must be
+// running, and not be what calls Close.
 func (e *End) Close() error {
-	if !e.closing.Swap(true) {
-		e.finish(appendClose(nil, CloseDone, ""))
+	e.leave(CloseDone, ErrClosed, "")
+	if e.flushed() {
+		t := time.NewTimer(closeTime)
+		defer t.Stop()
+		select {
+		case <-e.done:
+		case <-t.C:
+		}
 	}
-	t := time.NewTimer(closeTime)
+	e.fail(ErrClosed)
+	return nil
+}
+
+// leave queues this end's close and reports whether it was the first to do so.
+func (e *End) leave(code CloseCode, why error, text string) bool {
+	if !e.leaving.CompareAndSwap(nil, &why) {
+		return false
+	}
+	e.finish(appendClose(nil, code, text))
+	return true
+}
+
+// flushed waits until the close is written and reports whether it was. It gives
+// up a lane that has taken nothing for two seconds, or not all in 25.
+func (e *End) flushed() bool {
+	t := time.NewTicker(closeTime)
 	defer t.Stop()
-	select {
-	case <-e.done:
-	case <-t.C:
-		e.fail(ErrClosed)
+	before := e.writes.Load()
+	for range deadAfter / closeTime {
+		select {
+		case <-e.sent:
+			return true
+		case <-t.C:
+		}
+		now := e.writes.Load()
+		if now == before {
+			return false
+		}
+		before = now
+	}
+	return false
+}
+
+// aborted is why this end gave the channel up, nil when it did not.
+func (e *End) aborted() error {
+	if why := e.leaving.Load(); why != nil && *why != ErrClosed {
+		return *why
 	}
 	return nil
 }
@@ -233,37 +279,24 @@ func (e *End) showCredential() {
 // reader, on the caller's goroutine.
 func (e *End) Run(h Handler) error {
 	err := e.read(h)
-	if err == nil { // their close: answer it, then it is over
-		if !e.closing.Swap(true) {
-			e.finish(appendClose(nil, CloseDone, ""))
-		}
+	switch closed := (*Closed)(nil); {
+	case err == nil: // their close: answer it, then it is over
+		e.leave(CloseDone, ErrClosed, "")
 		e.flushed()
 		err = ErrClosed
-	} else if closed := (*Closed)(nil); errors.As(err, &closed) {
-		// Nothing to add: the other end has given up the lane.
-	} else if e.theirs.Load() || errors.Is(err, ErrCut) {
+	case errors.As(err, &closed), errors.Is(err, ErrCut), e.Err() != nil:
 		// Nobody is there to be told.
-	} else if e.Err() == nil && !e.closing.Swap(true) {
+	default:
 		code := CloseProtocol
 		if abuse := (interface{ Abuse() bool })(nil); errors.As(err, &abuse) {
 			code = CloseAbuse
 		}
-		e.finish(appendClose(nil, code, ""))
-		e.flushed()
+		if e.leave(code, err, "") {
+			e.flushed()
+		}
 	}
 	e.fail(err)
 	return e.Err()
-}
-
-// flushed waits until the close is written, at most as long as a close may
-// take; a lane that takes nothing is then given up.
-func (e *End) flushed() {
-	t := time.NewTimer(closeTime)
-	defer t.Stop()
-	select {
-	case <-e.sent:
-	case <-t.C:
-	}
 }
 
 func (e *End) read(h Handler) error {
@@ -271,10 +304,7 @@ func (e *End) read(h Handler) error {
 	defer in.release()
 	for {
 		if err := in.fill(); err != nil {
-			if e.closing.Load() && errors.Is(err, io.EOF) {
-				return ErrClosed
-			}
-			if why := e.Err(); why != nil {
+			if why := e.aborted(); why != nil {
 				return why
 			}
 			return fmt.Errorf("%w: %w", ErrCut, err)
@@ -291,6 +321,9 @@ func (e *End) read(h Handler) error {
 			plain, err := e.in.open(rec)
 			if err != nil {
 				return err
+			}
+			if e.aborted() != nil {
+				continue // read on only so that the close arrives
 			}
 			ended, err := e.frames(plain, h)
 			if err == nil && ended {
@@ -342,7 +375,9 @@ func (e *End) frame(kind uint8, body []byte) (ended bool, err error) {
 			return false, errFrame
 		}
 		var frame [frameHeader + 8]byte
-		return false, e.Control(kindPong, append(AppendHeader(frame[:0], kindPong, 0, 8), body...))
+		// Behind our own close nothing may follow, and nothing need be said.
+		e.Control(kindPong, append(AppendHeader(frame[:0], kindPong, 0, 8), body...))
+		return false, nil
 	case kindPong:
 		if len(body) != 8 {
 			return false, errFrame
@@ -358,7 +393,6 @@ func (e *End) frame(kind uint8, body []byte) (ended bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		e.theirs.Store(true)
 		if closed.Code != CloseDone {
 			return false, closed
 		}

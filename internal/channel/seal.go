@@ -43,7 +43,8 @@ var errControl = errors.New("the other end does not read what it is told")
 type sealer struct {
 	actor *routing.Actor
 	lane  net.Conn
-	fail  func(error)
+	fail  func(error) // ends the channel
+	lost  func(error) // ends it too, when the reader has read the rest
 
 	mu      sync.Mutex
 	control []slot
@@ -54,6 +55,7 @@ type sealer struct {
 	sent    chan struct{} // closed when the close is written, or never will be
 	told    bool          // sent is closed
 
+	writes atomic.Int64 // to the lane, that went well
 	depth  atomic.Int32 // len(data), for Budget
 	budget atomic.Int32 // payload bytes a buffer should have
 
@@ -302,8 +304,12 @@ func (s *sealer) Drained(*routing.Actor) error {
 	if s.records.aged() {
 		s.aged.Store(true)
 	}
-	if err != nil {
-		s.fail(fmt.Errorf("writing to the lane: %w", err))
+	switch {
+	case err == nil:
+	case errors.Is(err, ErrCut):
+		s.lost(err)
+	default:
+		s.fail(err)
 	}
 	return nil
 }
@@ -384,8 +390,9 @@ func (s *sealer) out(b *buffer.Buffer) error {
 		start = time.Now()
 	}
 	if _, err := s.lane.Write(b.Bytes()); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrCut, err)
 	}
+	s.writes.Add(1)
 	if large {
 		s.pace(b.Payload(), time.Since(start))
 	}
