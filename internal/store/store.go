@@ -114,7 +114,9 @@ func openFile(path string, size int) (db *bbolt.DB, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			file.Close() // and with it the lock; bbolt's own record of it is lost
+			// bbolt's record of the file is lost, and its mapping stays: closing the file alone would leave the lock to it.
+			syscall.Flock(int(file.Fd()), syscall.LOCK_UN)
+			file.Close()
 			db, err = nil, fmt.Errorf("the file is damaged: %v", p)
 		}
 	}()
