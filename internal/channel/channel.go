@@ -90,8 +90,8 @@ func Initiate(ctx context.Context, lane net.Conn, c *Config) (*End, error) {
 	return begin(ctx, lane, c, func(l *opening) error { return l.initiate(p) })
 }
 
-// Respond answers on a lane. It holds at most 8 KiB at once and reads at most
-// 16 KiB before the other end has proved itself, and gives it ten seconds.
+// Respond answers on a lane. Of a peer that has not proved itself it reads at
+// most 14 KiB, one message at a time, and gives it ten seconds in all.
 // The preface is read here.
 func Respond(ctx context.Context, lane net.Conn, c *Config) (*End, error) {
 	return begin(ctx, lane, c, func(l *opening) error {
@@ -174,11 +174,10 @@ func (o *opening) initiate(p Preface) error {
 	start := time.Now()
 	// The preface and message 1 leave in one write.
 	if _, err := o.lane.Write(appendField(p.Append(nil), m)); err != nil {
-		return fmt.Errorf("sending message 1: %w", err)
+		return lost(err)
 	}
-	m, err = o.readMessage(message2Least, message2Most)
-	if err != nil {
-		return fmt.Errorf("reading message 2: %w", err)
+	if m, err = o.readMessage(message2Least, message2Most); err != nil {
+		return err
 	}
 	o.rtt = time.Since(start)
 	if err := h.read2(m); err != nil {
@@ -191,7 +190,7 @@ func (o *opening) initiate(p Preface) error {
 		return err
 	}
 	if _, err := o.lane.Write(appendField(nil, m)); err != nil {
-		return fmt.Errorf("sending message 3: %w", err)
+		return lost(err)
 	}
 	if err := o.keys(h, h.toR, h.toI); err != nil {
 		return err
@@ -209,7 +208,7 @@ func (o *opening) respond(p Preface) error {
 	c := o.config
 	m, err := o.readMessage(message1, message1)
 	if err != nil {
-		return fmt.Errorf("reading message 1: %w", err)
+		return err
 	}
 	h, err := newHandshake(c.Self, false, p, o.key, c.now(), nil)
 	if err != nil {
@@ -223,10 +222,10 @@ func (o *opening) respond(p Preface) error {
 	}
 	start := time.Now()
 	if _, err := o.lane.Write(appendField(nil, m)); err != nil {
-		return fmt.Errorf("sending message 2: %w", err)
+		return lost(err)
 	}
 	if m, err = o.readMessage(message3Least, message3Most); err != nil {
-		return fmt.Errorf("reading message 3: %w", err)
+		return err
 	}
 	o.rtt = time.Since(start)
 	if err := h.read3(m); err != nil {
@@ -249,16 +248,23 @@ func (o *opening) respond(p Preface) error {
 func (o *opening) readMessage(least, most int) ([]byte, error) {
 	var l [2]byte
 	if _, err := io.ReadFull(o.lane, l[:]); err != nil {
-		return nil, err
+		return nil, lost(err)
 	}
 	n := int(binary.BigEndian.Uint16(l[:]))
 	if n < least || n > most {
 		return nil, errHandshake
 	}
 	m := make([]byte, n)
-	_, err := io.ReadFull(o.lane, m)
-	return m, err
+	if _, err := io.ReadFull(o.lane, m); err != nil {
+		return nil, lost(err)
+	}
+	return m, nil
 }
+
+// lost is what is said about a lane that ended or fell silent on the way. It
+// does not say where either: the other end hangs up on a message that does not
+// verify.
+func lost(err error) error { return fmt.Errorf("opening the channel: %w", err) }
 
 func (o *opening) keys(h *handshake, out, in [32]byte) (err error) {
 	o.peer, o.binding = h.peer, h.binding
@@ -273,10 +279,7 @@ func (o *opening) keys(h *handshake, out, in [32]byte) (err error) {
 func (o *opening) writeConfirm() error {
 	var frame []byte
 	frame, o.shown = appendConfirm(nil, kindConfirm, o.config.Self)
-	if err := o.writeRecord(frame); err != nil {
-		return fmt.Errorf("sending the confirmation: %w", err)
-	}
-	return nil
+	return o.writeRecord(frame)
 }
 
 func (o *opening) writeRecord(plain []byte) error {
@@ -285,8 +288,10 @@ func (o *opening) writeRecord(plain []byte) error {
 	if err := o.out.seal(rec); err != nil {
 		return err
 	}
-	_, err := o.lane.Write(rec)
-	return err
+	if _, err := o.lane.Write(rec); err != nil {
+		return lost(err)
+	}
+	return nil
 }
 
 // appendConfirm appends a frame with this end's credential (it may be empty)
@@ -305,24 +310,24 @@ func appendConfirm(b []byte, kind uint8, self *identity.Self) ([]byte, *identity
 func (o *opening) readConfirm() error {
 	plain, err := o.readRecord()
 	if err != nil {
-		return fmt.Errorf("reading the confirmation: %w", err)
+		return err
 	}
 	kind, stream, body, rest, err := cutFrame(plain)
 	switch {
 	case err != nil:
-		return err
+		return errHandshake
 	case stream == 0 && kind == kindClose:
 		closed, err := parseClose(body)
 		if err != nil {
-			return err
+			return errHandshake
 		}
 		return closed
 	case stream != 0 || kind != kindConfirm || len(rest) != 0:
-		return errFrame
+		return errHandshake
 	}
 	raw, issuer, err := decodeTwo(body)
 	if err != nil {
-		return errFrame
+		return err
 	}
 	if len(raw) == 0 {
 		return nil
@@ -340,21 +345,22 @@ func (o *opening) readConfirm() error {
 func (o *opening) readRecord() ([]byte, error) {
 	var prefix [buffer.Prefix]byte
 	if _, err := io.ReadFull(o.lane, prefix[:]); err != nil {
-		return nil, err
+		return nil, lost(err)
 	}
 	n, err := length(prefix[:])
-	if err != nil {
-		return nil, err
-	}
-	if n > maxConfirm+buffer.Around {
-		return nil, errLength
+	if err != nil || n > maxConfirm+buffer.Around {
+		return nil, errHandshake
 	}
 	rec := make([]byte, n)
 	copy(rec, prefix[:])
 	if _, err := io.ReadFull(o.lane, rec[buffer.Prefix:]); err != nil {
-		return nil, err
+		return nil, lost(err)
 	}
-	return o.in.open(rec)
+	plain, err := o.in.open(rec)
+	if err != nil {
+		return nil, errHandshake
+	}
+	return plain, nil
 }
 
 var errNoCredential = errors.New("it shows no credential")

@@ -1,6 +1,7 @@
 package channel
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -25,6 +26,12 @@ const (
 	// closeTime is how long whoever closes first goes on reading, so that the
 	// other end's last bytes and its close are not thrown away by a reset.
 	closeTime = 2 * time.Second
+
+	// maxSpurned is how many renewed credentials in a row may fail to verify: each
+	// costs a signature's check and a line in the log, and an honest end sends one
+	// in a credential's half life.
+	maxSpurned = 16
+	errSpurned = abuseError("it shows one credential after another that does not verify")
 
 	// lostTime is how long the lane reader goes on when a write has failed.
 	lostTime = time.Second
@@ -58,11 +65,12 @@ type End struct {
 	opener *routing.Actor
 	in     *records // the lane reader's
 
-	rtt    atomic.Int64 // of the last ping, or of the handshake
-	heard  atomic.Int64 // time since begin when bytes last came in
-	begin  time.Time
-	pinged time.Duration // the tick's
-	tick   *time.Timer
+	rtt     atomic.Int64 // of the last ping, or of the handshake
+	heard   atomic.Int64 // time since begin when bytes last came in
+	begin   time.Time
+	pinged  time.Duration // the tick's
+	spurned int           // renewed credentials that did not verify, in a row; the lane reader's
+	tick    *time.Timer
 
 	ending   sync.Mutex
 	ended    bool
@@ -310,6 +318,9 @@ func (e *End) read(h Handler) error {
 			return fmt.Errorf("%w: %w", ErrCut, err)
 		}
 		e.heard.Store(int64(time.Since(e.begin)))
+		if e.in.aged() { // the other end may not be the one that makes successors
+			e.aged.Store(true)
+		}
 		for {
 			rec, err := in.record()
 			if err != nil {
@@ -408,6 +419,9 @@ func (e *End) renewed(body []byte) error {
 	if err != nil {
 		return errFrame
 	}
+	if now := e.peer.Credential(); now != nil && bytes.Equal(now.Raw(), raw) {
+		return nil
+	}
 	c, err := e.config.Trust.Verify(raw, issuer, e.peer.ID(), e.peer.Latest(), e.config.now())
 	if err == nil {
 		err = e.peer.Accept(c)
@@ -416,6 +430,17 @@ func (e *End) renewed(body []byte) error {
 		// The old credential still counts until it ends: a renewal that does not
 		// verify takes nothing away and gives nothing.
 		e.config.Logger.Warn("a renewed credential is not accepted", "peer", e.peer.ID(), "err", err)
+		if e.spurned++; e.spurned == maxSpurned {
+			return errSpurned
+		}
+		return nil
 	}
+	e.spurned = 0
 	return nil
 }
+
+// abuseError ends the channel of a peer that uses up its budget.
+type abuseError string
+
+func (e abuseError) Error() string { return string(e) }
+func (abuseError) Abuse() bool     { return true }

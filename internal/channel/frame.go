@@ -3,7 +3,7 @@ package channel
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
+	"unicode"
 )
 
 // A record's plaintext is one frame behind another, at least one:
@@ -100,14 +100,14 @@ func parseClose(body []byte) (*Closed, error) {
 	if len(body) < 1 || len(body) > 1+maxReason {
 		return nil, errFrame
 	}
-	return &Closed{Code: CloseCode(body[0]), Reason: fmt.Sprintf("%.*s", maxReason, printable(body[1:]))}, nil
+	return &Closed{Code: CloseCode(body[0]), Reason: printable(body[1:])}, nil
 }
 
 // printable makes a peer's text harmless for logs and terminals.
 func printable(b []byte) string {
 	s := []rune(string(b))
 	for i, r := range s {
-		if r < 0x20 || r >= 0x7f && r < 0xa0 || r == '\ufffd' {
+		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
 			s[i] = '?'
 		}
 	}
