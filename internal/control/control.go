@@ -1,11 +1,14 @@
 // Package control is how commands talk to a running process of the same user:
 // a Unix socket, 0600, in a home that only its owner can enter.
 //
-// One connection carries one JSON request and one JSON answer, each at most
-// 1 MiB, within ten seconds:
+// One connection carries one JSON request, ended by closing that direction,
+// and one JSON answer, each at most 1 MiB, within ten seconds:
 //
 //	{"method": "ticket.create", "params": …}
 //	{"result": …}  or  {"error": {"code": "…", "message": "…"}}
+//
+// The codes of this package are "refused" (another user's process),
+// "malformed" (the request) and "failed" (an error without a code of its own).
 package control
 
 import (
@@ -18,6 +21,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -30,6 +34,8 @@ const (
 	atOnce = 32
 	// maxPath is what a socket's address holds on Linux, its final zero aside.
 	maxPath = 107
+	// acceptPause is how long descriptors that ran out are waited for at a time.
+	acceptPause = 100 * time.Millisecond
 )
 
 // ErrNobody is returned by Call when no process listens.
@@ -69,27 +75,42 @@ func Listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", path, err)
 	}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		lock.Close()
-		return nil, fmt.Errorf("listening on %s: %w", path, ErrTaken)
-	}
-	// The lock is ours for as long as we listen: what lies there is a dead one's.
-	if info, err := os.Lstat(path); err == nil {
-		if info.Mode().Type() != fs.ModeSocket {
-			lock.Close()
-			return nil, fmt.Errorf("listening on %s: there is a file that is no socket", path)
-		}
-		if err := os.Remove(path); err != nil {
-			lock.Close()
-			return nil, fmt.Errorf("replacing the dead socket %s: %w", path, err)
-		}
-	}
-	ln, err := listen(path)
+	ln, err := take(path, lock)
 	if err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("listening on %s: %w", path, err)
 	}
-	return &listener{ln, lock}, nil
+	return &listener{UnixListener: ln, lock: lock}, nil
+}
+
+// take makes the lock ours for as long as we listen. What lies at path then is
+// a dead process's, unless somebody has removed the lock's file meanwhile.
+func take(path string, lock *os.File) (*net.UnixListener, error) {
+	err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return nil, ErrTaken
+	}
+	if err != nil {
+		return nil, fmt.Errorf("locking %s: %w", lock.Name(), err)
+	}
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return listen(path)
+	case err != nil:
+		return nil, err
+	case info.Mode().Type() != fs.ModeSocket:
+		return nil, errors.New("there is a file that is no socket")
+	}
+	c, err := net.Dial("unix", path)
+	if err == nil {
+		c.Close()
+		return nil, ErrTaken
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("whether another process listens is not known: %w", err)
+	}
+	return listen(path) // in place of the dead one
 }
 
 // listen makes the socket with mode 0600 from its first moment: it is bound in
@@ -119,26 +140,36 @@ func listen(path string) (*net.UnixListener, error) {
 	return ln, nil
 }
 
+// listener owns the socket and the lock. The lock's file stays: a later process
+// would lock another one than a process that has it open.
 type listener struct {
 	*net.UnixListener
 	lock *os.File
+	once sync.Once
+	err  error
 }
 
 func (l *listener) Close() error {
-	path := l.lock.Name()
-	os.Remove(path[:len(path)-len(".lock")])
-	err := l.UnixListener.Close()
-	l.lock.Close()
-	return err
+	l.once.Do(func() {
+		os.Remove(strings.TrimSuffix(l.lock.Name(), ".lock"))
+		l.err = l.UnixListener.Close()
+		l.lock.Close()
+	})
+	return l.err
 }
 
 // Serve answers requests on ln until ctx ends, and returns when every handler
-// has. It owns ln.
+// has, at most ten seconds later for those that heed their context. It owns ln.
 func Serve(ctx context.Context, ln net.Listener, h Handler) error {
-	stop := context.AfterFunc(ctx, func() { ln.Close() })
-	defer stop()
 	var all sync.WaitGroup
 	defer all.Wait()
+	defer ln.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	all.Go(func() {
+		<-ctx.Done()
+		ln.Close()
+	})
 	slots := make(chan struct{}, atOnce)
 	for {
 		select {
@@ -147,26 +178,47 @@ func Serve(ctx context.Context, ln net.Listener, h Handler) error {
 			return nil
 		}
 		c, err := ln.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ECONNABORTED):
+			<-slots
+			select { // until descriptors are free again
+			case <-time.After(acceptPause):
+			case <-ctx.Done():
 			}
-			ln.Close()
+			continue
+		default:
 			return fmt.Errorf("accepting control connections: %w", err)
 		}
 		all.Go(func() {
-			serve(ctx, c, h)
+			serve(ctx, c, h, callTime)
 			<-slots
 		})
 	}
 }
 
-func serve(ctx context.Context, c net.Conn, h Handler) {
+// bound lets the reads and writes of c end with ctx. release waits for what it
+// started.
+func bound(ctx context.Context, c net.Conn) (release func()) {
+	done := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(done)
+		c.SetDeadline(time.Unix(1, 0))
+	})
+	return func() {
+		if !stop() {
+			<-done
+		}
+	}
+}
+
+func serve(ctx context.Context, c net.Conn, h Handler, limit time.Duration) {
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(ctx, callTime)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
+	defer bound(ctx, c)()
 	var answer response
 	if err := samePeer(c); err != nil {
 		answer.Error = &Error{"refused", err.Error()}
@@ -210,8 +262,20 @@ func readRequest(r io.Reader) (*request, error) {
 	return q, nil
 }
 
-// Call asks the process that listens at path. out may be nil.
+// Call asks the process that listens at path and decodes its answer to out,
+// which may be nil. It returns ErrNobody when no process listens, the handler's
+// error as an *Error, and the error of ctx when that ends first; ten seconds
+// are the limit without one.
 func Call(ctx context.Context, path, method string, in, out any) error {
+	b, err := encodeRequest(method, in)
+	if err != nil {
+		return fmt.Errorf("asking %s for %s: %w", path, method, err)
+	}
+	if len(path) > maxPath {
+		return fmt.Errorf("asking %s: the path has %d bytes and a socket's at most %d; choose a shorter --home", path, len(path), maxPath)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
@@ -221,32 +285,20 @@ func Call(ctx context.Context, path, method string, in, out any) error {
 		return fmt.Errorf("asking %s: %w", path, err)
 	}
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(ctx, callTime)
-	defer cancel()
-	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
+	defer bound(ctx, c)()
 	if err := samePeer(c); err != nil {
 		return fmt.Errorf("asking %s: %w", path, err)
 	}
-	params, err := json.Marshal(in)
-	if err != nil {
-		return fmt.Errorf("asking %s: %w", path, err)
+	b, err = exchange(c.(*net.UnixConn), b)
+	if err != nil && ctx.Err() != nil {
+		err = ctx.Err()
 	}
-	b, err := json.Marshal(request{method, params})
 	if err != nil {
-		return fmt.Errorf("asking %s: %w", path, err)
-	}
-	if _, err := c.Write(b); err != nil {
-		return fmt.Errorf("asking %s: %w", path, err)
-	}
-	c.(*net.UnixConn).CloseWrite()
-	b, err = io.ReadAll(io.LimitReader(c, maxMessage+1))
-	if err != nil {
-		return fmt.Errorf("reading the answer of %s: %w", path, err)
+		return fmt.Errorf("asking %s for %s: %w", path, method, err)
 	}
 	var answer response
-	if err := json.Unmarshal(b, &answer); err != nil || len(b) > maxMessage {
-		return fmt.Errorf("reading the answer of %s: it is cut short", path)
+	if len(b) > maxMessage || json.Unmarshal(b, &answer) != nil {
+		return fmt.Errorf("asking %s for %s: the answer is not whole: the process may have ended", path, method)
 	}
 	if answer.Error != nil {
 		return answer.Error
@@ -254,5 +306,38 @@ func Call(ctx context.Context, path, method string, in, out any) error {
 	if out == nil {
 		return nil
 	}
-	return json.Unmarshal(answer.Result, out)
+	if err := json.Unmarshal(answer.Result, out); err != nil {
+		return fmt.Errorf("reading the answer to %s: %w", method, err)
+	}
+	return nil
+}
+
+func encodeRequest(method string, in any) ([]byte, error) {
+	params, err := json.Marshal(in)
+	if err != nil {
+		return nil, err
+	}
+	b, err := json.Marshal(request{method, params})
+	if err == nil && len(b) > maxMessage {
+		err = fmt.Errorf("the request has %d bytes; at most %d are taken", len(b), maxMessage)
+	}
+	return b, err
+}
+
+// exchange writes the request and reads the answer. A server may answer and
+// close without reading all of the request, as one that refuses does: then the
+// answer says more than the failed write.
+func exchange(c *net.UnixConn, request []byte) ([]byte, error) {
+	_, failed := c.Write(request)
+	if failed == nil {
+		failed = c.CloseWrite()
+	}
+	answer, err := io.ReadAll(io.LimitReader(c, maxMessage+1))
+	if len(answer) > 0 && (err == nil || errors.Is(err, syscall.ECONNRESET)) {
+		return answer, nil
+	}
+	if failed != nil {
+		return nil, failed
+	}
+	return answer, err
 }

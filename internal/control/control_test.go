@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,43 +26,29 @@ func echo(_ context.Context, method string, params json.RawMessage) (any, error)
 func start(t *testing.T, h Handler) (path string, stop func()) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "control.sock")
-	ln, err := Listen(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, ln, h) }()
-	return path, sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+	return path, startAt(t, path, h)
 }
 
 func TestACallIsAnsweredAndAnErrorKeepsItsCode(t *testing.T) {
-	before := runtime.NumGoroutine()
-	path, stop := start(t, echo)
-	defer stop()
-	var got string
-	if err := Call(context.Background(), path, "echo", "hello", &got); err != nil || got != "hello" {
-		t.Fatalf("%q, %v", got, err)
-	}
-	var e *Error
-	if err := Call(context.Background(), path, "fail", nil, nil); !errors.As(err, &e) || e.Code != "E1" {
-		t.Fatalf("got %v", err)
-	}
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
-		t.Fatalf("%v, %v", info.Mode(), err)
-	}
-	stop()
-	if err := Call(context.Background(), path, "echo", nil, nil); !errors.Is(err, ErrNobody) {
-		t.Fatalf("got %v", err)
-	}
-	if n := runtime.NumGoroutine(); n > before {
-		t.Fatalf("%d goroutines before, %d after", before, n)
-	}
+	counted(t, func() {
+		path, stop := start(t, echo)
+		defer stop()
+		var got string
+		if err := Call(context.Background(), path, "echo", "hello", &got); err != nil || got != "hello" {
+			t.Fatalf("%q, %v", got, err)
+		}
+		var e *Error
+		if err := Call(context.Background(), path, "fail", nil, nil); !errors.As(err, &e) || e.Code != "E1" {
+			t.Fatalf("got %v", err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Fatalf("%v, %v", info.Mode(), err)
+		}
+		stop()
+		if err := Call(context.Background(), path, "echo", nil, nil); !errors.Is(err, ErrNobody) {
+			t.Fatalf("got %v", err)
+		}
+	})
 }
 
 func TestOneOfManyThatStartAtOnceListens(t *testing.T) {
