@@ -1,0 +1,550 @@
+package authority
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/portal-tunnel/portal/identity"
+)
+
+func TestTheIdentityKeyAloneRenewsAnExpiredCredential(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	c := newClient(t, &network{server: s}, nil)
+	enroll(t, c, newTicket(t, s, Grant{Name: "db1", Attributes: identity.Attributes{"role": "db"}}))
+	clock.advance(30 * 24 * time.Hour)
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := c.Self.Credential()
+	if !got.Expires.Equal(clock.now().Add(DefaultTTL)) || got.Name() != "db1" || got.Attributes["role"] != "db" {
+		t.Errorf("renewed to %v until %s", got.Attributes, got.Expires)
+	}
+}
+
+func TestWhoNeverJoinedCannotRenew(t *testing.T) {
+	s := newServer(t, newClock().now)
+	n := &network{server: s}
+	c := newClient(t, n, newHome(t, homeDir(t)))
+	if err := c.Renew(t.Context()); !errors.Is(err, identity.ErrNotMember) || n.count(nameRenew) != 0 {
+		t.Errorf("a home that joined nothing: %v", err)
+	}
+	c.Authority, c.Ways = s.Self.ID(), aWay
+	c.Trust.Pin(c.Authority)
+	var refused *RefusedError
+	if err := c.Renew(t.Context()); !errors.As(err, &refused) || !errors.Is(err, ErrNotMember) {
+		t.Errorf("an identity that the authority does not know: %v", err)
+	}
+	if c.Self.Credential() != nil {
+		t.Error("it has a credential")
+	}
+}
+
+func TestARemovedMemberRenewsOnlyAfterATicketMadeLater(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	c := newClient(t, &network{server: s}, newHome(t, homeDir(t)))
+	first, kept := newTicket(t, s, Grant{}), newTicket(t, s, Grant{Uses: 10, TTL: time.Hour})
+	enroll(t, c, first)
+	clock.advance(time.Second)
+	if err := s.RemoveMember(t.Context(), c.Self.ID()); err != nil {
+		t.Fatal(err)
+	}
+	at := clock.now()
+	clock.advance(time.Second)
+	if err := s.RemoveMember(t.Context(), c.Self.ID()); err != nil {
+		t.Errorf("removing it again: %v", err)
+	}
+	if err := s.RemoveMember(t.Context(), newSelf(t).ID()); !errors.Is(err, ErrNoSuchMember) {
+		t.Errorf("removing nobody: %v", err)
+	}
+
+	before := c.Self.Credential()
+	var refused *RefusedError
+	if err := c.Renew(t.Context()); !errors.As(err, &refused) || !errors.Is(err, ErrRemoved) || !refused.When.Equal(at) {
+		t.Errorf("renewing: %v", err)
+	}
+	if _, err := s.Issue(t.Context(), c.Self.ID(), c.Self.Latest()); !errors.Is(err, ErrRemoved) {
+		t.Errorf("issuing: %v", err)
+	}
+	if _, err := c.Enroll(t.Context(), kept); !errors.Is(err, ErrRemoved) {
+		t.Errorf("with a ticket kept back: %v", err)
+	}
+	if _, _, err := s.redeem(c.Self.ID(), c.Self.Latest(), first.Hash(), clock.now()); !errors.Is(err, ErrRemoved) {
+		t.Errorf("with the ticket it used: %v", err)
+	}
+	if c.Self.Credential() != before {
+		t.Error("it has another credential")
+	}
+	if list, _ := s.Tickets(t.Context()); list[0].Left+list[1].Left != 10 {
+		t.Error("a refusal cost a use")
+	}
+
+	clock.advance(time.Second)
+	enroll(t, c, newTicket(t, s, Grant{}))
+	if err := c.Renew(t.Context()); err != nil {
+		t.Errorf("after a fresh ticket: %v", err)
+	}
+}
+
+func TestACredentialIsBoundToTheLatestChange(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	home := newHome(t, homeDir(t))
+	c := newClient(t, &network{server: s}, home)
+	enroll(t, c, newTicket(t, s, Grant{}))
+	first := c.Self.Credential()
+	if first.Change != c.Self.Latest() {
+		t.Fatal("the first credential is of another change")
+	}
+	if err := c.Self.Rotate(); err != nil {
+		t.Fatal(err)
+	}
+	trust := identity.NewTrust(s.Self.ID())
+	if _, err := trust.Verify(first.Raw(), c.Self.Issuer(), c.Self.ID(), c.Self.Latest(), clock.now()); !errors.Is(err, identity.ErrSubject) {
+		t.Errorf("the one before the rotation verifies: %v", err)
+	}
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := c.Self.Credential()
+	if got.Change != c.Self.Latest() || got.Subject != first.Subject {
+		t.Errorf("the renewed one is of change %x, want %x", got.Change, c.Self.Latest())
+	}
+	if _, err := trust.Verify(got.Raw(), c.Self.Issuer(), c.Self.ID(), c.Self.Latest(), clock.now()); err != nil {
+		t.Error(err)
+	}
+	if next, err := newHome(t, home.Dir()).Self(); err != nil || next.Credential() == nil || next.Credential().Serial != got.Serial {
+		t.Errorf("the home has %v, %v", next.Credential(), err)
+	}
+}
+
+func TestAShorterTTLAndAClockSetBackLeaveMembersRenewing(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	c := newClient(t, &network{server: s}, nil)
+	enroll(t, c, newTicket(t, s, Grant{}))
+	s.TTL = time.Minute
+	until := c.Self.Credential().Expires
+	clock.advance(time.Second)
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := c.Self.Credential().Expires; !got.After(until) || got.After(until.Add(time.Second)) {
+		t.Errorf("until %s; the one before was until %s", got, until)
+	}
+	clock.advance(-30 * time.Minute)
+	if err := c.Renew(t.Context()); err != nil {
+		t.Errorf("with the clock set back: %v", err)
+	}
+	clock.advance(2 * time.Hour)
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := c.Self.Credential().Expires; !got.Equal(clock.now().Add(time.Minute)) {
+		t.Errorf("until %s once the long ones are over", got)
+	}
+}
+
+func TestAMembersRecordDoesNotGrowWithItsRenewals(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	c := newClient(t, &network{server: s}, nil)
+	enroll(t, c, newTicket(t, s, Grant{}))
+	for range 50 {
+		clock.advance(time.Second)
+		if err := c.Renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := s.Store.Scan(bucketMembers, func(_, value []byte) error {
+		m, err := decodeMemberRecord(value)
+		if err != nil {
+			return err
+		}
+		last := m.Issued[len(m.Issued)-1]
+		if serial := c.Self.Credential().Serial; len(m.Issued) != keptSerials || !slices.Equal(last.Serial, serial[:]) {
+			t.Errorf("%d serials are kept, the last %x", len(m.Issued), last.Serial)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestACredentialThatCannotBeStoredIsInForce(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	home := newHome(t, homeDir(t))
+	c := newClient(t, &network{server: s}, home)
+	var log logBuffer
+	c.Logger = newLogger(&log)
+	enroll(t, c, newTicket(t, s, Grant{}))
+	before := c.Self.Credential()
+	block := filepath.Join(home.Dir(), "membership.new")
+	if err := os.MkdirAll(filepath.Join(block, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	clock.advance(time.Minute)
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !c.Self.Credential().Expires.After(before.Expires) || !strings.Contains(log.String(), "level=WARN") {
+		t.Errorf("until %s; log: %s", c.Self.Credential().Expires, log.String())
+	}
+	next, err := newHome(t, home.Dir()).Self()
+	if err != nil || next.Credential().Serial != before.Serial {
+		t.Errorf("the home has %v, %v", next.Credential(), err)
+	}
+}
+
+func TestFreshAsksOnlyPastHalfLifeAndForTwoSeconds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		n := &network{server: s}
+		c := newClient(t, n, nil)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		first := c.Self.Credential()
+
+		time.Sleep(DefaultTTL/2 - time.Second)
+		if err := c.Fresh(t.Context()); err != nil || n.count(nameRenew) != 0 {
+			t.Errorf("before half-life: %v, asked %d times", err, n.count(nameRenew))
+		}
+		time.Sleep(time.Second)
+		if err := c.Fresh(t.Context()); err != nil || c.Self.Credential() == first {
+			t.Errorf("at half-life: %v", err)
+		}
+
+		n.latency = time.Hour // nobody answers, nobody refuses
+		time.Sleep(DefaultTTL - time.Minute)
+		start := time.Now()
+		if err := c.Fresh(t.Context()); err != nil || time.Since(start) > freshTime {
+			t.Errorf("while it is valid: %v after %s", err, time.Since(start))
+		}
+		time.Sleep(time.Minute)
+		start = time.Now()
+		var unreachable *UnreachableError
+		if err := c.Fresh(t.Context()); !errors.As(err, &unreachable) || time.Since(start) > freshTime {
+			t.Errorf("when it is over: %v after %s", err, time.Since(start))
+		}
+	})
+}
+
+func TestFreshTakesOverWhatAnotherProcessStored(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	n := &network{server: s}
+	dir := homeDir(t)
+	a := newClient(t, n, newHome(t, dir))
+	enroll(t, a, newTicket(t, s, Grant{}))
+	b := newClient(t, n, newHome(t, dir))
+	b.Trust.Pin(s.Self.ID())
+	clock.advance(time.Minute)
+	if err := a.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Fresh(t.Context()); err != nil || b.Self.Credential().Serial != a.Self.Credential().Serial {
+		t.Errorf("%v; it shows %v", err, b.Self.Credential())
+	}
+	if n.count(nameRenew) != 1 {
+		t.Errorf("asked %d times", n.count(nameRenew))
+	}
+}
+
+// running runs c until the returned function is called, which waits for it.
+func running(t *testing.T, c *Client) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	return func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+	}
+}
+
+func TestRunRenewsAtHalfLife(t *testing.T) {
+	counted(t)
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		n := &network{server: s}
+		c := newClient(t, n, nil)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		n.forget()
+		begun := time.Now()
+		stop := running(t, c)
+		defer stop()
+		time.Sleep(24 * time.Hour)
+		synctest.Wait()
+
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if len(n.at) < 24*60/33 || len(n.at) > 24*60/27+1 {
+			t.Errorf("%d renewals in a day", len(n.at))
+		}
+		last, spread := begun, map[time.Duration]bool{}
+		for _, at := range n.at {
+			if d := at.Sub(last); d < 27*time.Minute || d > 33*time.Minute+time.Second {
+				t.Errorf("a renewal after %s, want 30 min ± 10 %%", d)
+			} else {
+				spread[d.Round(time.Minute)] = true
+			}
+			last = at
+		}
+		if len(spread) < 3 {
+			t.Errorf("all renewals come after %v: nothing is jittered", spread)
+		}
+	})
+}
+
+func TestMembersThatJoinedTogetherDoNotRenewTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const members = 200
+		s := newServer(t, time.Now)
+		n := &network{server: s}
+		ticket := newTicket(t, s, Grant{Uses: members})
+		begun := time.Now()
+		for range members {
+			c := newClient(t, n, nil)
+			enroll(t, c, ticket)
+			defer running(t, c)()
+		}
+		n.forget()
+		time.Sleep(40 * time.Minute)
+		synctest.Wait()
+		n.mu.Lock()
+		perMinute := map[int]int{}
+		for _, at := range n.at {
+			perMinute[int(at.Sub(begun)/time.Minute)]++
+		}
+		n.mu.Unlock()
+		if len(perMinute) == 0 {
+			t.Error("nobody renewed")
+		}
+		for minute, asked := range perMinute {
+			if asked > members/2 {
+				t.Errorf("%d of %d ask in minute %d", asked, members, minute)
+			}
+		}
+		n.forget()
+
+		// An outage longer than a credential's life, and nobody had one that is valid: they come back spread too.
+		n.setDown(true)
+		time.Sleep(2 * time.Hour)
+		n.setDown(false)
+		begun = time.Now()
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		n.mu.Lock()
+		perSecond, all := map[int]int{}, len(n.at)
+		for _, at := range n.at {
+			perSecond[int(at.Sub(begun)/time.Second)]++
+		}
+		n.mu.Unlock()
+		if all != members {
+			t.Errorf("%d of %d have renewed two minutes after the outage", all, members)
+		}
+		for second, asked := range perSecond {
+			if asked > members/8 {
+				t.Errorf("%d of %d ask in second %d", asked, members, second)
+			}
+		}
+	})
+}
+
+func TestRunTriesAgainWithGrowingPauses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		n := &network{server: s}
+		c := newClient(t, n, nil)
+		var log logBuffer
+		c.Logger = newLogger(&log)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		first := c.Self.Credential()
+		n.setDown(true)
+		stop := running(t, c)
+		defer stop()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		tries := strings.Count(log.String(), "was not renewed")
+		// From minute 27 or 33 to 60, after 1, 2, 4 … 32 s and then every 60 s, each ± 50 %.
+		if tries < 20 || tries > 80 {
+			t.Errorf("%d tries in half an hour", tries)
+		}
+		if c.Self.Credential() != first {
+			t.Fatal("it was renewed by nobody")
+		}
+		n.setDown(false)
+		time.Sleep(90 * time.Second)
+		synctest.Wait()
+		if got := c.Self.Credential(); got == first || !time.Now().Before(got.Expires) {
+			t.Error("not renewed after the outage, although it had expired meanwhile")
+		}
+	})
+}
+
+func TestRunKeepsAskingSlowlyWhenRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		n := &network{server: s}
+		c := newClient(t, n, nil)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		if err := s.RemoveMember(t.Context(), c.Self.ID()); err != nil {
+			t.Fatal(err)
+		}
+		stop := running(t, c)
+		defer stop()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if asked := n.count(nameRenew); asked < 27*60/45 || asked > 33*60/15+1 {
+			t.Errorf("asked %d times in half an hour, want one each 30 s ± 50 %%", asked)
+		}
+		enroll(t, c, newTicket(t, s, Grant{})) // which the loop sees by itself
+		asked := n.count(nameRenew)
+		time.Sleep(26 * time.Minute)
+		synctest.Wait()
+		if n.count(nameRenew) != asked {
+			t.Error("it goes on asking with a new credential")
+		}
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if n.count(nameRenew) != asked+1 {
+			t.Errorf("asked %d times at half-life", n.count(nameRenew)-asked)
+		}
+	})
+}
+
+func TestRunKeepsTheShortestCredentialValid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		s.TTL = time.Millisecond // raised to MinTTL
+		n := &network{server: s, latency: 50 * time.Millisecond}
+		c := newClient(t, n, nil)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		stop := running(t, c)
+		defer stop()
+		for range 200 {
+			time.Sleep(100 * time.Millisecond)
+			if !time.Now().Before(c.Self.Credential().Expires) {
+				t.Fatalf("expired at %s", c.Self.Credential().Expires)
+			}
+		}
+		if asked := n.count(nameRenew); asked < 15 || asked > 23 {
+			t.Errorf("asked %d times in 20 s", asked)
+		}
+	})
+}
+
+func TestRunNoticesAWallClockThatJumped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var jump time.Duration
+		now := func() time.Time {
+			mu.Lock()
+			defer mu.Unlock()
+			return time.Now().Add(jump).Round(0)
+		}
+		s := newServer(t, now)
+		n := &network{server: s}
+		c := newClient(t, n, nil)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		stop := running(t, c)
+		defer stop()
+		time.Sleep(time.Minute)
+		mu.Lock()
+		jump = time.Hour // the machine slept
+		mu.Unlock()
+		time.Sleep(longestWait + time.Second)
+		synctest.Wait()
+		if n.count(nameRenew) != 1 {
+			t.Errorf("asked %d times half a minute after the machine slept", n.count(nameRenew))
+		}
+	})
+}
+
+func TestOfTheProcessesOfAHomeOneRenewsAndTheOthersRead(t *testing.T) {
+	counted(t)
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		n := &network{server: s, latency: 100 * time.Millisecond}
+		dir := homeDir(t)
+		first := newClient(t, n, newHome(t, dir))
+		enroll(t, first, newTicket(t, s, Grant{}))
+		clients := []*Client{first}
+		for range 7 { // each with a Home and a Self of its own, as processes have
+			c := newClient(t, n, newHome(t, dir))
+			c.Trust.Pin(s.Self.ID())
+			clients = append(clients, c)
+		}
+		for _, c := range clients {
+			defer running(t, c)()
+		}
+		const hours = 10
+		for range hours * 60 {
+			time.Sleep(time.Minute)
+			for i, c := range clients {
+				if !time.Now().Before(c.Self.Credential().Expires) {
+					t.Fatalf("process %d shows a credential that expired at %s", i, c.Self.Credential().Expires)
+				}
+			}
+		}
+		synctest.Wait()
+		if asked := n.count(nameRenew); asked < hours || asked > hours*60/27+1 {
+			t.Errorf("asked %d times in %d hours by %d processes, want as many as one process asks", asked, hours, len(clients))
+		}
+
+		// All at once, too.
+		time.Sleep(DefaultTTL * 45 / 100)
+		before := n.count(nameRenew)
+		var all sync.WaitGroup
+		seen := first.Self.Credential()
+		for _, c := range clients {
+			if err := c.Home.Reload(c.Self); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, c := range clients {
+			all.Go(func() {
+				if err := c.Renew(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if asked := n.count(nameRenew) - before; asked > 2 {
+			t.Errorf("asked %d times at once (after %s)", asked, seen.Expires)
+		}
+	})
+}
+
+func TestACrowdOfOneProcessAsksOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		n := &network{server: s, latency: time.Second}
+		c := newClient(t, n, nil)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		time.Sleep(DefaultTTL * 3 / 4)
+		var all sync.WaitGroup
+		for range 50 {
+			all.Go(func() {
+				if err := c.Fresh(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if n.count(nameRenew) != 1 {
+			t.Errorf("asked %d times", n.count(nameRenew))
+		}
+	})
+}
