@@ -106,9 +106,7 @@ type GrantError struct {
 	Reason string
 }
 
-const grantPrefix = "ticket: "
-
-func (e *GrantError) Error() string { return grantPrefix + e.Field + ": " + e.Reason }
+func (e *GrantError) Error() string { return "ticket: " + e.Field + ": " + e.Reason }
 
 // A LimitError is a collection that is full.
 type LimitError struct {

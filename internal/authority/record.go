@@ -69,30 +69,12 @@ func (g *grantRecord) credentialAttributes() identity.Attributes {
 	return attrs
 }
 
-// settle gives decoded attributes the types that identity.Attributes has.
-func (g *grantRecord) settle() error {
-	for name, v := range g.Attributes {
-		list, ok := v.([]any)
-		if !ok {
-			continue
-		}
-		texts := make([]string, len(list))
-		for i, e := range list {
-			if texts[i], ok = e.(string); !ok {
-				return fmt.Errorf("the attribute %q is a list of something else than text", name)
-			}
-		}
-		g.Attributes[name] = texts
-	}
-	return nil
-}
-
 func decodeTicketRecord(b []byte) (*ticketRecord, error) {
 	t := new(ticketRecord)
 	if err := decode(b, t); err != nil {
 		return nil, fmt.Errorf("reading a ticket's record: %w", err)
 	}
-	return t, t.Grant.settle()
+	return t, settle(t.Grant.Attributes)
 }
 
 func decodeMemberRecord(b []byte) (*memberRecord, error) {
@@ -100,7 +82,7 @@ func decodeMemberRecord(b []byte) (*memberRecord, error) {
 	if err := decode(b, m); err != nil {
 		return nil, fmt.Errorf("reading a member's record: %w", err)
 	}
-	return m, m.Grant.settle()
+	return m, settle(m.Grant.Attributes)
 }
 
 // reason is why the ticket cannot be redeemed by somebody new, and since when; nil while it can.

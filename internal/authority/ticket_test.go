@@ -5,11 +5,13 @@ import (
 	"encoding/base32"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -263,4 +265,42 @@ func ids(t *testing.T, s *Server) map[identity.ID]bool {
 		got[m.ID] = m.Removed.IsZero()
 	}
 	return got
+}
+
+func TestListingsSurviveJSON(t *testing.T) {
+	s := newServer(t, newClock().now)
+	attrs := identity.Attributes{"role": "db", "level": int64(1<<62 + 1), "on": false, "teams": []string{"a", "b"}, "none": []string{}}
+	ticket := newTicket(t, s, Grant{Name: "db1", Attributes: attrs, Serve: []string{"orders/*"}, Relay: true, Uses: 3})
+	enroll(t, newClient(t, &network{server: s}, nil), ticket)
+	tickets, err := s.Tickets(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	members, err := s.Members(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(tickets)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tickets2 []TicketInfo
+	if err := json.Unmarshal(b, &tickets2); err != nil || len(tickets2) != 1 || !reflect.DeepEqual(tickets2, tickets) {
+		t.Errorf("%v: %+v became %+v", err, tickets, tickets2)
+	}
+	if b, err = json.Marshal(members); err != nil {
+		t.Fatal(err)
+	}
+	var members2 []MemberInfo
+	if err := json.Unmarshal(b, &members2); err != nil || len(members2) != 1 || !reflect.DeepEqual(members2, members) {
+		t.Errorf("%v: %+v became %+v", err, members, members2)
+	}
+	if !reflect.DeepEqual(members2[0].Attributes, attrs) {
+		t.Errorf("attributes %#v", members2[0].Attributes)
+	}
+	for _, bad := range []string{`{"attributes":{"half":0.5}}`, `{"attributes":{"list":[1]}}`, `{"attributes":{"big":9223372036854775808}}`} {
+		if err := json.Unmarshal([]byte(bad), new(MemberInfo)); err == nil {
+			t.Errorf("%s is accepted", bad)
+		}
+	}
 }
