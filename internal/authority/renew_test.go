@@ -548,3 +548,74 @@ func TestACrowdOfOneProcessAsksOnce(t *testing.T) {
 		}
 	})
 }
+
+func TestWhicheverClockIsFirstRenews(t *testing.T) {
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for what, c := range map[string]struct {
+		s    schedule
+		want time.Duration
+	}{
+		"the wall clock, after a sleep":             {schedule{wall: now.Add(time.Second), at: now.Add(time.Minute)}, time.Second},
+		"the time since, with the clock set back":   {schedule{wall: now.Add(time.Hour), at: now.Add(time.Minute)}, time.Minute},
+		"the time since, when that alone is waited": {schedule{at: now.Add(time.Minute)}, time.Minute},
+	} {
+		if got := c.s.wait(now); got != c.want {
+			t.Errorf("%s: %s, want %s", what, got, c.want)
+		}
+	}
+
+	// A clock that is far behind the authority's does not put the renewal off beyond half a life.
+	s := newServer(t, func() time.Time { return now })
+	self := newSelf(t)
+	credential, err := s.Self.Issue(self.ID(), self.Latest(), nil, now, now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	behind := &Client{Now: func() time.Time { return now.Add(-10 * time.Hour) }}
+	if got := behind.schedule(credential).wait(behind.now()); got > 33*time.Minute {
+		t.Errorf("with a clock 10 h behind the renewal is due in %s", got)
+	}
+	expired := &Client{Now: func() time.Time { return now.Add(10 * time.Hour) }}
+	if got := expired.schedule(credential).wait(expired.now()); got > 0 {
+		t.Errorf("of an expired credential the renewal is due in %s", got)
+	}
+}
+
+func TestPausesGrowWithinBoundsAndAreJittered(t *testing.T) {
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	self := newSelf(t)
+	lasting := func(life time.Duration) *identity.Credential {
+		c, err := self.Issue(self.ID(), self.Latest(), nil, now, now.Add(life))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	for _, c := range []struct {
+		what     string
+		seen     *identity.Credential
+		failures int
+		err      error
+		middle   time.Duration
+	}{
+		{"an hour, first", lasting(time.Hour), 1, errDown, time.Second},
+		{"an hour, fourth", lasting(time.Hour), 4, errDown, 8 * time.Second},
+		{"an hour, thousandth", lasting(time.Hour), 1000, errDown, time.Minute},
+		{"two seconds, first", lasting(2 * time.Second), 1, errDown, 50 * time.Millisecond},
+		{"two seconds, tenth", lasting(2 * time.Second), 10, errDown, 250 * time.Millisecond},
+		{"none", nil, 1, errDown, time.Second},
+		{"busy", lasting(time.Hour), 2, ErrUnavailable, 2 * time.Second},
+		{"removed", lasting(time.Hour), 1, &RefusedError{Reason: ErrRemoved}, 30 * time.Second},
+		{"in no authority", nil, 9, identity.ErrNotMember, 30 * time.Second},
+	} {
+		least, most := c.middle*10, time.Duration(0)
+		for range 300 {
+			p := retryPause(c.seen, c.failures, c.err)
+			least, most = min(least, p), max(most, p)
+		}
+		// Of 300 uniform draws one at least falls into each outer fifth (all miss one of them once in 10²⁸ runs).
+		if least < c.middle/2 || least > c.middle*7/10 || most > c.middle*3/2 || most < c.middle*13/10 {
+			t.Errorf("%s: from %s to %s, want %s ± 50 %%", c.what, least, most, c.middle)
+		}
+	}
+}
