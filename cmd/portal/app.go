@@ -22,7 +22,7 @@ func everyCommand() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Category: category, Name: "home", Usage: "keep identity and membership in `DIR` [$PORTAL_HOME]"},
 		&cli.StringFlag{Category: category, Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`text` or json"},
-		&cli.StringFlag{Category: category, Name: "log-level", Value: "info", Usage: "`LEVEL`: debug, info, warn, error [$PORTAL_LOG_LEVEL]"},
+		&cli.StringFlag{Category: category, Name: "log-level", Usage: "`LEVEL`: debug, info, warn, error; info for what keeps running, else warn [$PORTAL_LOG_LEVEL]"},
 		&cli.StringFlag{Category: category, Name: "log-format", Usage: "`FORMAT`: text or json; text on a terminal, else json [$PORTAL_LOG_FORMAT]"},
 	}
 }
@@ -97,12 +97,13 @@ func newApp(s *session) *cli.App {
 		Commands: []*cli.Command{
 			{
 				Name: "demo", Usage: "the whole path on loopback, in one process, each step proved", Category: "Begin",
-				Flags: []cli.Flag{
-					&cli.BoolFlag{Name: "keep", Usage: "leave everything running until interrupted"},
-					notYetFlag("to"),
-				},
+				Flags: []cli.Flag{notYetFlag("to")},
 				Action: s.once(0, 0, func(ctx context.Context, c *cli.Context) error {
-					return runDemo(ctx, s, demoOptions{keep: c.Bool("keep")})
+					o := demoOptions{}
+					if c.String("log-level") != "" {
+						o.log = s.log
+					}
+					return runDemo(ctx, s, o)
 				}),
 			},
 			{
@@ -333,7 +334,7 @@ func (s *session) once(least, most int, do action) cli.ActionFunc {
 		if err := arguments(c, s, least, most); err != nil {
 			return err
 		}
-		if err := s.begin(c); err != nil {
+		if err := s.begin(c, "warn"); err != nil {
 			return err
 		}
 		ctx, after := interruptible(c.Context)
@@ -348,7 +349,7 @@ func (s *session) long(least, most int, do action) cli.ActionFunc {
 		if err := arguments(c, s, least, most); err != nil {
 			return err
 		}
-		if err := s.begin(c); err != nil {
+		if err := s.begin(c, "info"); err != nil {
 			return err
 		}
 		if s.json {

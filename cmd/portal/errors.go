@@ -1,9 +1,22 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net"
+	"regexp"
+	"slices"
 	"strings"
+	"syscall"
+
+	"github.com/portal-tunnel/portal/abac"
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/authority"
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/store"
+	"github.com/portal-tunnel/portal/internal/stream"
 )
 
 // Exit codes. The hundreds digit of an error code is the exit code.
@@ -127,6 +140,101 @@ func fail(c code, remedy, format string, args ...any) error {
 type exitStatus int
 
 func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// classify finds the cause of an error that a room returned. What was said
+// around it stays.
+func classify(err error) *failure {
+	var f *failure
+	if errors.As(err, &f) {
+		return &failure{code: f.code, err: spoken(err), remedy: f.remedy}
+	}
+	for _, k := range kinds {
+		if k.is(err) {
+			return &failure{code: k.code, err: spoken(err)}
+		}
+	}
+	return &failure{code: codeFailed, err: spoken(err)}
+}
+
+// kinds are tried in this order: what is final comes before what caused it or
+// came with it.
+var kinds = []struct {
+	code code
+	is   func(error) bool
+}{
+	{codePolicy, as[*abac.SyntaxError]},
+	{codeHomeOpen, as[*identity.FileError]},
+	{codeHomeBusy, as[*store.HeldError]},
+	{codeLocked, as[*identity.LockedError]},
+	{codeOtherAuth, either(as[*authority.OtherAuthorityError], is(identity.ErrOtherAuthority))},
+	{codeNoAuthority, is(identity.ErrNoAuthority)},
+	{codeNoMember, is(identity.ErrNotMember)},
+	{codeTicketForm, either(is(identity.ErrNotTicket), is(identity.ErrTicketCut), is(identity.ErrTicketAltered), is(identity.ErrTicketVersion))},
+	{codeTicketOver, is(authority.ErrTicketExpired)},
+	{codeTicketUsed, is(authority.ErrTicketUsed)},
+	{codeTicketGone, is(authority.ErrTicketRevoked)},
+	{codeTicketNone, is(authority.ErrTicketUnknown)},
+	{codeSkew, as[*authority.SkewError]},
+	{codeUsage, either(as[*authority.GrantError], is(authority.ErrNoSuchTicket))},
+	{codeRefused, as[*authority.RefusedError]},
+	{codeOtherPeer, is(channel.ErrPin)},
+	{codeRefused, refusedStream(stream.CodeRefused, stream.CodeRevoked)},
+	{codeExpired, either(refusedStream(stream.CodeExpired), as[*identity.ExpiredError])},
+	{codeBusy, either(refusedStream(stream.CodeBusy), as[*authority.LimitError])},
+	{codeTargetDown, refusedStream(stream.CodeTargetRefused, stream.CodeTarget)},
+	{codeTargetSlow, refusedStream(stream.CodeTargetTimeout)},
+	{codeRefused, either(as[*channel.Refused], refusedChannel)},
+	{codeState, either(is(syscall.ENOSPC), is(syscall.EDQUOT), is(syscall.EROFS), is(fs.ErrPermission))},
+	{codeUnreachable, either(as[*authority.UnreachableError], is(authority.ErrUnavailable), is(context.DeadlineExceeded),
+		as[*net.OpError], as[*net.DNSError], as[*channel.Closed], as[*stream.ResetError])},
+}
+
+func as[E error](err error) bool {
+	var e E
+	return errors.As(err, &e)
+}
+
+func is(target error) func(error) bool {
+	return func(err error) bool { return errors.Is(err, target) }
+}
+
+func either(tests ...func(error) bool) func(error) bool {
+	return func(err error) bool {
+		return slices.ContainsFunc(tests, func(test func(error) bool) bool { return test(err) })
+	}
+}
+
+func refusedStream(codes ...stream.Code) func(error) bool {
+	return func(err error) bool {
+		var r *stream.RefusedError
+		return errors.As(err, &r) && slices.Contains(codes, r.Code)
+	}
+}
+
+func refusedChannel(err error) bool {
+	var c *channel.Closed
+	return errors.As(err, &c) && c.Code == channel.CloseRefused
+}
+
+// rooms begin the errors of packages that say where they come from, which is
+// nothing to a person at a terminal.
+var rooms = strings.NewReplacer("identity: ", "", "abac: ", "", "authority: ", "", "channel: ", "", "stream: ", "")
+
+// dialing repeats an address that stands before it in every error here.
+var dialing = regexp.MustCompile(`dial (tcp|unix) \S+: (connect: )?`)
+
+// spoken is an error in words for a person; what it wraps stays to be found.
+func spoken(err error) error {
+	return &words{dialing.ReplaceAllString(rooms.Replace(err.Error()), ""), err}
+}
+
+type words struct {
+	text string
+	err  error
+}
+
+func (w *words) Error() string { return w.text }
+func (w *words) Unwrap() error { return w.err }
 
 // report says an error to a person and returns the exit status.
 func (s *session) report(err error) int {

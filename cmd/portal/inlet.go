@@ -2,15 +2,18 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/urfave/cli/v2"
 )
 
@@ -32,10 +35,11 @@ type inletOptions struct {
 // inletPlan is what the options say, checked; nothing has been done yet.
 type inletPlan struct {
 	inletOptions
-	routes  *route
-	from    []listenAddress
-	socket  socketOptions
-	require *abac.Policy
+	routes *route
+	ports  []listenAddress
+	socket socketOptions
+	demand *abac.Policy
+	speaks inlet.Kind
 }
 
 func (o inletOptions) plan() (*inletPlan, error) {
@@ -47,10 +51,10 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	if len(o.from) == 0 {
 		return nil, fail(codeUsage, "--from 15432, or --from unix:/path", "inlet %s: nothing says where to listen", o.name)
 	}
-	if p.from, err = parseListens("from", o.from, true); err != nil {
+	if p.ports, err = parseListens("from", o.from, true); err != nil {
 		return nil, err
 	}
-	for _, a := range p.from {
+	for _, a := range p.ports {
 		if a.everywhere() && !o.unsafe {
 			return nil, fail(codeWildcard, fmt.Sprintf("--from %d listens on loopback; --unsafe-listen allows this", a.port),
 				"--from %s: an inlet on every interface is open to whoever reaches this host", plain(a.text))
@@ -59,16 +63,16 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	if p.socket.mode, err = parseMode(o.mode); err != nil {
 		return nil, err
 	}
-	if p.socket.group = o.group; o.group != "" && !slices.ContainsFunc(p.from, func(a listenAddress) bool { return a.path != "" }) {
+	if p.socket.group = o.group; o.group != "" && !slices.ContainsFunc(p.ports, func(a listenAddress) bool { return a.path != "" }) {
 		return nil, fail(codeUsage, "--from unix:/path", "--group %q: there is no Unix socket to give it", plain(o.group))
 	}
 	if p.routes, err = o.way.plan("inlet", o.name); err != nil {
 		return nil, err
 	}
-	if p.require, err = policy("require", "serve", o.name, o.require); err != nil {
+	if p.demand, err = policy("require", "serve", o.name, o.require); err != nil {
 		return nil, err
 	}
-	if !slices.Contains([]string{"raw", "pg", "http"}, o.kind) {
+	if p.speaks, err = inlet.ParseKind(o.kind); err != nil {
 		return nil, fail(codeUsage, "raw, pg or http", "--kind %q is none", plain(o.kind))
 	}
 	if o.streams < 1 {
@@ -85,7 +89,52 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	if err != nil {
 		return err
 	}
-	return serveInlet(ctx, s, p)
+	m, err := s.member(o.member)
+	if err != nil {
+		return err
+	}
+	lns, err := listenAll(ctx, p.ports, p.socket)
+	if err != nil {
+		return err
+	}
+	t := s.teller("inlet", o.name)
+	t.listening(addresses(lns))
+	server := p.routes.inlet(o.name, m, s.log)
+	server.Require, server.Kind, server.Hold, server.MaxStreams = p.demand, p.speaks, o.hold, o.streams
+	server.OnState = t.inlet
+	return s.supervise(ctx, job{
+		role: "inlet", name: o.name, grace: o.grace,
+		run: func(ctx context.Context) error {
+			defer m.node.Close()
+			parts := []func(context.Context) error{func(ctx context.Context) error {
+				if err := m.join(ctx, t); err != nil {
+					return err
+				}
+				return together(ctx, m.client.Run, m.follow, server.Run)
+			}}
+			for _, ln := range lns {
+				parts = append(parts, func(ctx context.Context) error { return server.Serve(ctx, ln) })
+			}
+			return together(ctx, parts...)
+		},
+		streams: server.Streams,
+		drain:   server.Drain,
+		reload:  m.reload,
+	})
+}
+
+// inlet prints a state of an inlet.
+func (t *teller) inlet(state inlet.State) {
+	switch state.Kind {
+	case link.Ready:
+		c := state.Peer.Credential()
+		ev := event{Via: state.Path, Peer: state.Peer.ID().String(), Member: c.Name()}
+		t.ready(ev, fmt.Sprintf("ready %s (%s, %s)", state.Path, memberName(c.Name()), state.Peer.ID().Short()))
+	case link.Refused:
+		t.refused(state.Err)
+	case link.Waiting:
+		t.waiting(state.Err, state.Next)
+	}
 }
 
 // wayOptions say how to reach an outlet.
@@ -108,7 +157,7 @@ type route struct {
 func (o wayOptions) plan(command, name string) (*route, error) {
 	r := new(route)
 	if o.peer != "" {
-		id, err := identity.ParseID(o.peer)
+		id, err := parsePin(o.peer)
 		if err != nil {
 			return nil, fail(codeUsage, "`portal identity show` on the outlet's host prints it", "--peer: %w", err)
 		}
@@ -134,6 +183,17 @@ func (o wayOptions) plan(command, name string) (*route, error) {
 	return r, nil
 }
 
+// inlet is the way's end on this side.
+func (r *route) inlet(name string, m *member, log *slog.Logger) *inlet.Server {
+	server := &inlet.Server{Node: m.node, Name: name, Self: m.self, Trust: m.trust, Fresh: m.client.Fresh, Pin: r.pin, Logger: log}
+	for _, addr := range r.addrs {
+		server.Paths = append(server.Paths, inlet.Path{Name: "direct " + addr, Dial: func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		}})
+	}
+	return server
+}
+
 // pinned reads [ID@]HOST:PORT.
 func pinned(text string) (identity.ID, string, error) {
 	id, addr, ok := strings.Cut(text, "@")
@@ -141,7 +201,7 @@ func pinned(text string) (identity.ID, string, error) {
 		addr, err := dialAddress(text)
 		return identity.ID{}, addr, err
 	}
-	pin, err := identity.ParseID(id)
+	pin, err := parsePin(id)
 	if err != nil {
 		return pin, "", fail(codeAddress, "ID@HOST:PORT", "%q: %w", plain(text), err)
 	}
@@ -149,22 +209,12 @@ func pinned(text string) (identity.ID, string, error) {
 	return pin, addr, err
 }
 
-// advertised is HOST:PORT as others can dial it.
-func advertised(flag string, texts []string) ([]identity.Way, error) {
-	var out []identity.Way
-	for _, text := range texts {
-		addr, err := dialAddress(text)
-		if err != nil {
-			return nil, fmt.Errorf("--%s: %w", flag, err)
-		}
-		out = append(out, identity.Way{Addr: addr})
+// parsePin reads an identifier that is demanded. The zero one is no pin
+// elsewhere, so it must not be taken for one here.
+func parsePin(text string) (identity.ID, error) {
+	id, err := identity.ParseID(text)
+	if err == nil && id.IsZero() {
+		err = errors.New("nobody has the identifier zero")
 	}
-	return out, nil
-}
-
-func portOf(a net.Addr) string {
-	if t, ok := a.(*net.TCPAddr); ok {
-		return strconv.Itoa(t.Port)
-	}
-	return ""
+	return id, err
 }

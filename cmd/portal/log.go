@@ -107,13 +107,11 @@ func lostEvents(n int) []byte {
 // says which.
 func newLog(w io.Writer, terminal bool, level, format string) (*slog.Logger, error) {
 	var o slog.HandlerOptions
-	if level != "" {
-		var l slog.Level
-		if err := l.UnmarshalText([]byte(level)); err != nil {
-			return nil, fail(codeUsage, "one of debug, info, warn, error", "--log-level %q is no level", level)
-		}
-		o.Level = l
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, fail(codeUsage, "one of debug, info, warn, error", "--log-level %q is no level", plain(level))
 	}
+	o.Level = l
 	switch format {
 	case "":
 		if !terminal {
@@ -125,5 +123,5 @@ func newLog(w io.Writer, terminal bool, level, format string) (*slog.Logger, err
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, &o)), nil
 	}
-	return nil, fail(codeUsage, "text or json", "--log-format %q is no format", format)
+	return nil, fail(codeUsage, "text or json", "--log-format %q is no format", plain(format))
 }

@@ -51,15 +51,19 @@ func (s *session) run(ctx context.Context, args []string, terminal bool) error {
 	return app.RunContext(ctx, line.argv(app.Name))
 }
 
-// begin reads the flags that every command has.
-func (s *session) begin(c *cli.Context) error {
+// begin reads the flags that every command has; level is the log's unless they
+// say another.
+func (s *session) begin(c *cli.Context, level string) error {
 	switch out := c.String("output"); out {
 	case "text", "json":
 		s.json = out == "json"
 	default:
 		return fail(codeUsage, "text or json", "-o %q is no form of output", plain(out))
 	}
-	log, err := newLog(s.stderr, c.App.Metadata["terminal"] == true, c.String("log-level"), c.String("log-format"))
+	if given := c.String("log-level"); given != "" {
+		level = given
+	}
+	log, err := newLog(s.stderr, c.App.Metadata["terminal"] == true, level, c.String("log-format"))
 	if err != nil {
 		return err
 	}

@@ -3,10 +3,14 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
+	"net"
+	"strings"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/outlet"
 )
 
 type outletOptions struct {
@@ -89,7 +93,106 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	if err != nil {
 		return err
 	}
-	return serveOutlet(ctx, s, p)
+	m, err := s.member(o.member)
+	if err != nil {
+		return err
+	}
+	lns, err := listenAll(ctx, p.ports, socketOptions{})
+	if err != nil {
+		return err
+	}
+	server := p.server(m, s.log)
+	t := s.teller("outlet", o.name)
+	return s.supervise(ctx, job{
+		role: "outlet", name: o.name, grace: o.grace,
+		run: func(ctx context.Context) error {
+			defer m.node.Close()
+			defer closeAll(lns)
+			if err := m.join(ctx, t); err != nil {
+				return err
+			}
+			parts := []func(context.Context) error{m.client.Run, m.follow, func(ctx context.Context) error {
+				p.report(ctx, m, server, t, addresses(lns))
+				return nil
+			}}
+			for _, ln := range lns {
+				parts = append(parts, func(ctx context.Context) error { return server.Serve(ctx, ln) })
+			}
+			return together(ctx, parts...)
+		},
+		streams: server.Streams,
+		drain:   server.Drain,
+		reload: func() error {
+			policy, err := p.readPolicy()
+			if err != nil {
+				return err
+			}
+			server.SetAllow(policy)
+			return m.reload()
+		},
+	})
+}
+
+func (p *outletPlan) server(m *member, log *slog.Logger) *outlet.Server {
+	return &outlet.Server{
+		Node: m.node, Name: p.name, Labels: p.labels, Target: p.reach(), Self: m.self, Trust: m.trust, Allow: p.policy,
+		Limits: outlet.Limits{Streams: p.streams, Dials: p.dials, DialTimeout: p.dialTimeout}, Logger: log,
+	}
+}
+
+func (p *outletPlan) reach() outlet.Target {
+	switch {
+	case p.command != nil:
+		return outlet.Exec(p.command[0], p.command[1:]...)
+	case p.target.network == "unix":
+		return outlet.Unix(p.target.addr)
+	}
+	return outlet.TCP(p.target.addr)
+}
+
+// report tells what the outlet is: it is there for others as long as its
+// credential says that it may serve the name. The target is dialled once, for
+// the line to say what it answered.
+func (p *outletPlan) report(ctx context.Context, m *member, server *outlet.Server, t *teller, addrs []string) {
+	ev := event{Address: addrs}
+	answer := "each stream runs " + plain(strings.Join(p.command, " "))
+	if p.command == nil {
+		ev.Target, ev.Answer = p.target.String(), "answers"
+		if err := server.CheckTarget(ctx); err != nil {
+			ev.Answer = "does not answer: " + reasonText(err)
+		}
+		answer = "target " + ev.Target + " " + ev.Answer
+	}
+	m.watch(ctx, func(c *identity.Credential) error {
+		if c.MayServe(p.name) {
+			return nil
+		}
+		return fail(codeRefused, "", "the credential of %s may not serve %s; a ticket made with --serve %s can change that",
+			memberName(c.Name()), p.name, p.name)
+	}, func(err error) {
+		switch {
+		case err == nil:
+			t.ready(ev, "ready on "+list(addrs)+"; "+answer)
+		case classify(err).code.exit() == exitRefused:
+			t.refused(err)
+		default:
+			t.waiting(err, 0)
+		}
+	})
+}
+
+// listenAll opens every address or none.
+func listenAll(ctx context.Context, at []listenAddress, o socketOptions) ([]net.Listener, error) {
+	var all []net.Listener
+	for _, a := range at {
+		lns, err := a.listen(ctx, o)
+		if err != nil {
+			closeAll(all)
+			return nil, err
+		}
+		all = append(all, lns...)
+	}
+	return all, nil
 }
 
 func validName(name string) error {

@@ -30,20 +30,24 @@ type job struct {
 	// drain says "going away", takes nothing new, waits for the streams until
 	// ctx ends, resets the rest and returns how many those were.
 	drain func(ctx context.Context) int
-	// reload reads the policies again; on error the old ones hold. nil: there are none.
+	// reload reads policies and the home again; on error what was in force stays.
 	reload func() error
 	grace  time.Duration
 }
+
+func (j job) head() string { return strings.TrimSpace(j.role + " " + j.name) }
 
 // supervise runs a job until it fails, ctx ends, or a signal ends it.
 func (s *session) supervise(ctx context.Context, j job) error {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
-	return s.govern(ctx, j, signals)
+	// Asked now: when the terminal hangs up it is not there to be found.
+	return s.govern(ctx, j, signals, controllingTerminal())
 }
 
-func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal) error {
+// govern is supervise for these signals; hangup says that SIGHUP ends the job.
+func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal, hangup bool) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	ended := make(chan error, 1)
@@ -57,7 +61,7 @@ func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal) e
 		case <-ctx.Done():
 			why = syscall.SIGTERM
 		case sig := <-signals:
-			if sig == syscall.SIGHUP && !controllingTerminal() {
+			if sig == syscall.SIGHUP && !hangup {
 				s.reload(j)
 				continue
 			}
@@ -79,7 +83,7 @@ func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal) e
 		select {
 		case reset = <-left:
 		case again := <-signals:
-			if again == syscall.SIGHUP && !controllingTerminal() {
+			if again == syscall.SIGHUP && !hangup {
 				continue
 			}
 			if again == syscall.SIGINT {
@@ -94,9 +98,9 @@ func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal) e
 	switch {
 	case reset > 0:
 		s.tell(event{Event: "ended", Role: j.role, Name: j.name, Streams: reset, Reason: "drain timed out"},
-			"ended: %s reset (%s)", count(reset, "stream"), codeDrainTimeout)
+			"%s ended: %s reset (%s)", j.head(), count(reset, "stream"), codeDrainTimeout)
 	default:
-		s.tell(event{Event: "ended", Role: j.role, Name: j.name, Reason: why.String()}, "ended: %s", why)
+		s.tell(event{Event: "ended", Role: j.role, Name: j.name, Reason: why.String()}, "%s ended: %s", j.head(), why)
 	}
 	switch {
 	case err != nil && !errors.Is(err, context.Canceled):
@@ -111,15 +115,15 @@ func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal) e
 
 func (s *session) reload(j job) {
 	if j.reload == nil {
-		s.say("%s %s: nothing to read again", j.role, j.name)
+		s.say("%s: nothing to read again", j.head())
 		return
 	}
 	if err := j.reload(); err != nil {
 		s.report(err)
-		s.say("%s %s: the old policy stays in force", j.role, j.name)
+		s.say("%s: what was in force stays in force", j.head())
 		return
 	}
-	s.say("%s %s: policy read again; open streams are decided anew", j.role, j.name)
+	s.say("%s: policy and home read again", j.head())
 }
 
 // spaced is a duration as a sentence has it: "25 s".

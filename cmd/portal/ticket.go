@@ -1,12 +1,201 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
+	"text/tabwriter"
+	"time"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/authority"
 	"golang.org/x/term"
 )
+
+type ticketOptions struct {
+	home      string
+	name      string
+	attr      []string
+	serve     []string
+	relay     bool
+	ttl       time.Duration
+	uses      int
+	out       string // a file, 0600, in place of stdout
+	advertise []string
+}
+
+// createTicket prints one ticket on stdout, alone; what it grants is for
+// people.
+func createTicket(ctx context.Context, s *session, o ticketOptions) error {
+	grants, err := attributes("attr", o.attr)
+	if err != nil {
+		return err
+	}
+	if o.name != "" {
+		if err := validName(o.name); err != nil {
+			return err
+		}
+	}
+	for _, pattern := range o.serve {
+		if err := identity.ValidServe(pattern); err != nil {
+			return fail(codeName, causes[codeName][1], "--serve %q: %w", plain(pattern), err)
+		}
+	}
+	ways, err := dialable("advertise", o.advertise)
+	if err != nil {
+		return err
+	}
+	if o.ttl < time.Second || o.ttl > authority.MaxTicketTTL {
+		return fail(codeUsage, "", "--ttl %s: from 1s to %s", o.ttl, authority.MaxTicketTTL)
+	}
+	if o.uses < 1 || o.uses > authority.MaxUses {
+		return fail(codeUsage, "", "--uses %d: from 1 to %d", o.uses, authority.MaxUses)
+	}
+	// The file comes first: a ticket that cannot be written must not exist.
+	out, err := newTicketFile(o.out)
+	if err != nil {
+		return err
+	}
+	request := ticketRequest{Name: o.name, Attr: o.attr, Serve: o.serve, Relay: o.relay, TTL: o.ttl, Uses: o.uses, Ways: wayTexts(ways)}
+	var reply ticketReply
+	if err := askAuthority(ctx, s, o.home, "ticket.create", request, &reply); err != nil {
+		out.discard()
+		return err
+	}
+	t, err := identity.ParseTicket(reply.Ticket)
+	if err != nil {
+		out.discard()
+		return err
+	}
+	if err := out.write(reply.Ticket); err != nil {
+		return fail(codeState, "", "writing the ticket: %w", err)
+	}
+	if reply.Guessed {
+		s.warnGuess("the ticket names", reply.Ways)
+	}
+	switch {
+	case s.json:
+		doc := map[string]any{
+			"ref": authority.Ref(t.Hash()), "authority": t.Authority, "name": o.name, "attributes": grants,
+			"serve": append([]string{}, o.serve...), "relay": o.relay, "uses": o.uses, "expires": t.Expires, "ways": reply.Ways,
+		}
+		if o.out == "" {
+			doc["ticket"] = reply.Ticket
+		} else {
+			doc["file"] = o.out
+		}
+		return s.document(doc)
+	case o.out == "":
+		if err := s.print("%s\n", reply.Ticket); err != nil {
+			return err
+		}
+	}
+	s.say("ticket %s for %s; %s until %s", authority.Ref(t.Hash()), granted(o, grants), uses(o.uses), when(t.Expires))
+	file := "-"
+	if o.out != "" {
+		file = filepath.Base(o.out)
+	}
+	s.say("on the other side: portal enroll %s", file)
+	return nil
+}
+
+// granted is what a ticket makes of its bearer.
+func granted(o ticketOptions, attrs map[string]any) string {
+	text := "a member"
+	if o.name != "" {
+		text = o.name
+	}
+	if len(o.serve) > 0 {
+		text += "; may serve " + list(o.serve)
+	}
+	if o.relay {
+		text += "; may be a relay"
+	}
+	if len(attrs) > 0 {
+		text += "; " + attributeText(attrs)
+	}
+	return text
+}
+
+func uses(n int) string {
+	if n == 1 {
+		return "good once"
+	}
+	return fmt.Sprintf("good for %d identities", n)
+}
+
+// outFile is where a ticket goes that does not go to stdout. The zero value is
+// stdout's.
+type outFile struct{ f *os.File }
+
+// newTicketFile makes a file that was not there, for nobody else to read.
+func newTicketFile(path string) (outFile, error) {
+	if path == "" {
+		return outFile{}, nil
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return outFile{}, fail(codeUsage, "remove it, or use another name", "--out %s: the file is there already", plain(path))
+	}
+	if err != nil {
+		return outFile{}, fail(codeState, "", "--out: %w", err)
+	}
+	return outFile{f}, nil
+}
+
+func (o outFile) discard() {
+	if o.f != nil {
+		o.f.Close()
+		os.Remove(o.f.Name())
+	}
+}
+
+func (o outFile) write(ticket string) error {
+	if o.f == nil {
+		return nil
+	}
+	_, err := o.f.WriteString(ticket + "\n")
+	if err = errors.Join(err, o.f.Close()); err != nil {
+		os.Remove(o.f.Name())
+	}
+	return err
+}
+
+// listTickets lists what the authority remembers, newest first.
+func listTickets(ctx context.Context, s *session, home string) error {
+	var tickets []authority.TicketInfo
+	if err := askAuthority(ctx, s, home, "ticket.list", nil, &tickets); err != nil {
+		return err
+	}
+	if s.json {
+		if tickets == nil {
+			tickets = []authority.TicketInfo{}
+		}
+		return s.document(tickets)
+	}
+	w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "REF\tSTATE\tNAME\tSERVE\tATTRIBUTES\tLEFT\tEXPIRES")
+	for _, t := range tickets {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d of %d\t%s\n", t.Ref, t.State, dash(fromPeer(t.Name)), dash(fromPeer(strings.Join(t.Serve, ","))),
+			dash(attributeText(t.Attributes)), t.Left, t.Uses, when(t.Expires))
+	}
+	return w.Flush()
+}
+
+func revokeTicket(ctx context.Context, s *session, home, ref string) error {
+	if err := askAuthority(ctx, s, home, "ticket.revoke", ref, nil); err != nil {
+		return err
+	}
+	if s.json {
+		return s.document(map[string]any{"ref": ref, "state": "revoked"})
+	}
+	s.say("ticket %s revoked; members that it made stay members", plain(ref))
+	return nil
+}
 
 // maxTicketFile is more than a ticket has, so that a wrong file is told from a
 // long one.
@@ -28,36 +217,56 @@ func (s *session) givenTicket(file string) (*identity.Ticket, error) {
 
 // enrollTicket reads the ticket for `portal enroll`: what its argument says,
 // what the environment has, or what is typed on the terminal, unseen.
-func (s *session) enrollTicket(file string) (*identity.Ticket, error) {
-	switch t, err := s.givenTicket(""); {
-	case file == "-":
+func (s *session) enrollTicket(ctx context.Context, file string) (*identity.Ticket, error) {
+	switch file {
+	case "-":
 		b, err := readAll(s.stdin, maxTicketFile, "the ticket from stdin")
 		if err != nil {
 			return nil, fail(codeTicketForm, "", "%w", err)
 		}
 		return readTicket("stdin", string(b))
-	case file != "":
-		return ticketFile(file)
-	case t != nil || err != nil:
-		return t, err
+	case "":
+		if t, err := s.givenTicket(""); t != nil || err != nil {
+			return t, err
+		}
+		in, ok := s.stdin.(*os.File)
+		if !ok || !term.IsTerminal(int(in.Fd())) {
+			return nil, fail(codeUsage, "`portal enroll FILE`, `… | portal enroll -`, or PORTAL_TICKET", "enroll: there is no ticket")
+		}
+		return s.askTicket(ctx, in)
 	}
-	in, ok := s.stdin.(*os.File)
-	if !ok || !term.IsTerminal(int(in.Fd())) {
-		return nil, fail(codeUsage, "`portal enroll FILE`, `… | portal enroll -`, or PORTAL_TICKET", "enroll: there is no ticket")
-	}
-	return s.askTicket(in)
+	return ticketFile(file)
 }
 
-// askTicket reads a line from the terminal without echo. An interruption must
-// not leave the terminal so.
-func (s *session) askTicket(in *os.File) (*identity.Ticket, error) {
-	s.stderr.Write([]byte("portal: paste the ticket (it is not shown): "))
-	b, err := term.ReadPassword(int(in.Fd()))
-	s.line("")
+// askTicket reads a line from the terminal without echo. Interrupted, it leaves
+// the terminal as it was and the goroutine that reads to the end of the process.
+func (s *session) askTicket(ctx context.Context, in *os.File) (*identity.Ticket, error) {
+	before, err := term.GetState(int(in.Fd()))
 	if err != nil {
 		return nil, fail(codeTicketForm, "", "reading the ticket from the terminal: %w", err)
 	}
-	return readTicket("the terminal", string(b))
+	s.stderr.Write([]byte("portal: paste the ticket (it is not shown): "))
+	type line struct {
+		text []byte
+		err  error
+	}
+	typed := make(chan line, 1)
+	go func() {
+		text, err := term.ReadPassword(int(in.Fd()))
+		typed <- line{text, err}
+	}()
+	select {
+	case l := <-typed:
+		s.line("")
+		if l.err != nil {
+			return nil, fail(codeTicketForm, "", "reading the ticket from the terminal: %w", l.err)
+		}
+		return readTicket("the terminal", string(l.text))
+	case <-ctx.Done():
+		term.Restore(int(in.Fd()), before)
+		s.line("")
+		return nil, context.Cause(ctx)
+	}
 }
 
 func ticketFile(file string) (*identity.Ticket, error) {

@@ -84,7 +84,8 @@ type event struct {
 	Time    time.Time `json:"time"`
 	Event   string    `json:"event"`             // listening, waiting, refused, ready, draining, ended
 	Role    string    `json:"role"`              // authority, outlet, inlet
-	Name    string    `json:"name,omitempty"`    // the outlet's name, the authority's identifier
+	Name    string    `json:"name,omitempty"`    // the outlet's
+	ID      string    `json:"id,omitempty"`      // authority, ready: its identifier
 	Address []string  `json:"address,omitempty"` // listening: the real ones
 	Via     string    `json:"via,omitempty"`     // ready: the way
 	Peer    string    `json:"peer,omitempty"`    // ready: the other side's identifier
@@ -92,6 +93,7 @@ type event struct {
 	Target  string    `json:"target,omitempty"`  // outlet, ready
 	Answer  string    `json:"answer,omitempty"`  // what the target said when it was dialled at start
 	Reason  string    `json:"reason,omitempty"`  // waiting, refused, ended
+	Code    string    `json:"code,omitempty"`    // refused: PORTAL-E…
 	Next    float64   `json:"next_try_seconds,omitempty"`
 	Streams int       `json:"streams,omitempty"` // draining
 }

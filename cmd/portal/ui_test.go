@@ -112,7 +112,7 @@ func TestEndOfTheProcessDoesNotWaitForASlowReader(t *testing.T) {
 
 func testSession(stderr *bytes.Buffer) *session {
 	s := &session{stdin: strings.NewReader(""), stdout: new(bytes.Buffer), stderr: newLines(stderr, lostLines)}
-	s.log, _ = newLog(s.stderr, false, "", "")
+	s.log, _ = newLog(s.stderr, false, "info", "")
 	return s
 }
 
@@ -131,16 +131,20 @@ func TestSignalsDrainAndExitAsDocumented(t *testing.T) {
 		status  int
 		took    time.Duration
 		says    string
+		hangup  bool // SIGHUP ends it
 	}{
-		{"idle, SIGTERM", 0, time.Nanosecond, []signal{{0, syscall.SIGTERM}}, 0, time.Nanosecond, "ended: terminated"},
-		{"idle, SIGINT", 0, time.Nanosecond, []signal{{0, syscall.SIGINT}}, 130, time.Nanosecond, "ended: interrupt"},
-		{"drained, SIGTERM", 1, 3 * time.Second, []signal{{0, syscall.SIGTERM}}, 0, 3 * time.Second, "draining 1 stream for 25 s; again to end now"},
-		{"drained, SIGINT", 2, 3 * time.Second, []signal{{0, syscall.SIGINT}}, 130, 3 * time.Second, "draining 2 streams for 25 s; again to end now"},
-		{"timed out, SIGTERM", 1, 0, []signal{{0, syscall.SIGTERM}}, 5, grace, "ended: 1 stream reset (PORTAL-E0501)"},
-		{"timed out, SIGINT", 1, 0, []signal{{0, syscall.SIGINT}}, 5, grace, "ended: 1 stream reset"},
-		{"second SIGINT", 1, 0, []signal{{0, syscall.SIGINT}, {time.Second, syscall.SIGINT}}, 130, time.Second, "ended: 1 stream reset"},
-		{"second SIGTERM", 1, 0, []signal{{0, syscall.SIGTERM}, {time.Second, syscall.SIGTERM}}, 5, time.Second, "ended: 1 stream reset"},
-		{"SIGTERM, then SIGINT", 1, 0, []signal{{0, syscall.SIGTERM}, {time.Second, syscall.SIGINT}}, 130, time.Second, "ended: 1 stream reset"},
+		{"idle, SIGTERM", 0, time.Nanosecond, []signal{{0, syscall.SIGTERM}}, 0, time.Nanosecond, "ended: terminated", false},
+		{"idle, SIGINT", 0, time.Nanosecond, []signal{{0, syscall.SIGINT}}, 130, time.Nanosecond, "ended: interrupt", false},
+		{"drained, SIGTERM", 1, 3 * time.Second, []signal{{0, syscall.SIGTERM}}, 0, 3 * time.Second, "draining 1 stream for 25 s; again to end now", false},
+		{"drained, SIGINT", 2, 3 * time.Second, []signal{{0, syscall.SIGINT}}, 130, 3 * time.Second, "draining 2 streams for 25 s; again to end now", false},
+		{"timed out, SIGTERM", 1, 0, []signal{{0, syscall.SIGTERM}}, 5, grace, "ended: 1 stream reset (PORTAL-E0501)", false},
+		{"timed out, SIGINT", 1, 0, []signal{{0, syscall.SIGINT}}, 5, grace, "ended: 1 stream reset", false},
+		{"second SIGINT", 1, 0, []signal{{0, syscall.SIGINT}, {time.Second, syscall.SIGINT}}, 130, time.Second, "ended: 1 stream reset", false},
+		{"second SIGTERM", 1, 0, []signal{{0, syscall.SIGTERM}, {time.Second, syscall.SIGTERM}}, 5, time.Second, "ended: 1 stream reset", false},
+		{"SIGTERM, then SIGINT", 1, 0, []signal{{0, syscall.SIGTERM}, {time.Second, syscall.SIGINT}}, 130, time.Second, "ended: 1 stream reset", false},
+		{"SIGHUP of a terminal", 1, 3 * time.Second, []signal{{0, syscall.SIGHUP}}, 0, 3 * time.Second, "draining 1 stream", true},
+		{"SIGHUP of a terminal, then of a shell", 1, 0, []signal{{0, syscall.SIGHUP}, {time.Second, syscall.SIGHUP}}, 5, time.Second, "ended: 1 stream reset", true},
+		{"SIGHUP, then SIGTERM", 1, 3 * time.Second, []signal{{0, syscall.SIGHUP}, {time.Second, syscall.SIGTERM}}, 0, 4 * time.Second, "outlet db: nothing to read again", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -169,7 +173,7 @@ func TestSignalsDrainAndExitAsDocumented(t *testing.T) {
 						<-ctx.Done()
 						return test.streams
 					},
-				}, signals)
+				}, signals, test.hangup)
 				took := time.Since(begin)
 				status := s.report(err)
 				s.stderr.Close()
@@ -187,7 +191,7 @@ func TestSignalsDrainAndExitAsDocumented(t *testing.T) {
 func TestJobThatFailsEndsTheProcess(t *testing.T) {
 	var stderr bytes.Buffer
 	s := testSession(&stderr)
-	err := s.govern(context.Background(), job{role: "outlet", run: func(context.Context) error { return errors.New("the port is gone") }}, nil)
+	err := s.govern(context.Background(), job{role: "outlet", run: func(context.Context) error { return errors.New("the port is gone") }}, nil, false)
 	if status := s.report(err); status != exitFailed {
 		t.Errorf("exit %d", status)
 	}

@@ -1,0 +1,369 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/authority"
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/control"
+	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/store"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+type authorityOptions struct {
+	home      string
+	listen    []string
+	advertise []string
+	ttl       time.Duration
+	grace     time.Duration
+}
+
+// runAuthority answers on its addresses, and on HOME/control.sock for the
+// commands of the same user. It has the store for itself.
+func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
+	if len(o.listen) == 0 {
+		return fail(codeUsage, "--listen :4000", "authority: nothing says where members reach it")
+	}
+	ports, err := parseListens("listen", o.listen, false)
+	if err != nil {
+		return err
+	}
+	ways, err := dialable("advertise", o.advertise)
+	if err != nil {
+		return err
+	}
+	if err := atLeast("credential-ttl", o.ttl, authority.MinTTL); err != nil {
+		return err
+	}
+	if err := atLeast("grace", o.grace, 0); err != nil {
+		return err
+	}
+	h, err := s.openHome(o.home)
+	if err != nil {
+		return err
+	}
+	self, err := h.Authority(true)
+	if err != nil {
+		return err
+	}
+	// Before anything that a running authority has: its process is named.
+	st, err := store.Open(storePath(h))
+	if err != nil {
+		return running(h, err)
+	}
+	defer st.Close()
+	lns, err := listenAll(ctx, ports, socketOptions{})
+	if err != nil {
+		return err
+	}
+	defer closeAll(lns)
+	socket, err := control.Listen(controlPath(h))
+	if err != nil {
+		return running(h, err)
+	}
+	guessed := false
+	if len(ways) == 0 {
+		if ways, guessed, err = ownWays(lns); err != nil {
+			return err
+		}
+	}
+	if err := storeWays(st, knownWays{ways: ways, guessed: guessed}); err != nil {
+		return err
+	}
+
+	node := &routing.Node{Logger: s.log}
+	defer node.Close()
+	server := &authority.Server{Self: self, Store: st, TTL: o.ttl, Node: node, Logger: s.log}
+	links := &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: server.Service()}, Logger: s.log}
+	d := &desk{server: server, store: st}
+	t := s.teller("authority", "")
+	return s.supervise(ctx, job{
+		role: "authority", grace: o.grace,
+		run: func(ctx context.Context) error {
+			ev := event{Address: addresses(lns), ID: self.ID().String()}
+			text := fmt.Sprintf("ready on %s (%s)", list(addresses(lns)), self.ID().Short())
+			t.ready(ev, text)
+			s.say("authority %s: whoever controls this host can issue credentials", self.ID().Short())
+			if guessed {
+				s.warnGuess("tickets will name", wayTexts(ways))
+			}
+			parts := []func(context.Context) error{func(ctx context.Context) error { return control.Serve(ctx, socket, d.answer) }}
+			for _, ln := range lns {
+				parts = append(parts, func(ctx context.Context) error { return links.Serve(ctx, ln) })
+			}
+			err := together(ctx, parts...)
+			return errors.Join(err, server.Close())
+		},
+		// A question takes a moment and asks again by itself.
+		streams: func() int { return 0 },
+		drain:   func(context.Context) int { links.Drain(); return 0 },
+	})
+}
+
+// running says that another authority has the home.
+func running(h *identity.Home, err error) error {
+	var held *store.HeldError
+	pid := 0
+	switch {
+	case errors.As(err, &held):
+		pid = held.PID
+	case !errors.Is(err, control.ErrTaken):
+		return err
+	}
+	who := "another process"
+	if pid != 0 {
+		who = "process " + strconv.Itoa(pid)
+	}
+	return fail(codeHomeBusy, "stop it, or use another --home", "the authority of %s runs already: %s has it%w", plain(h.Dir()), who, quiet{err})
+}
+
+func storePath(h *identity.Home) string   { return filepath.Join(h.Dir(), "authority", "store.db") }
+func controlPath(h *identity.Home) string { return filepath.Join(h.Dir(), "control.sock") }
+
+// ownWays are the addresses that tickets name when none are advertised: those
+// that it listens on. For every interface one is guessed: this host's first
+// address that others may know.
+func ownWays(lns []net.Listener) (ways []identity.Way, guessed bool, err error) {
+	seen := make(map[string]bool)
+	for _, ln := range lns {
+		a := ln.Addr().(*net.TCPAddr)
+		addr := a.String()
+		if a.IP.IsUnspecified() {
+			host, err := hostAddress()
+			if err != nil {
+				return nil, false, err
+			}
+			addr, guessed = net.JoinHostPort(host, strconv.Itoa(a.Port)), true
+		}
+		if !seen[addr] {
+			seen[addr] = true
+			ways = append(ways, identity.Way{Addr: addr})
+		}
+	}
+	return ways, guessed, nil
+}
+
+func hostAddress() (string, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return "", err
+	}
+	for _, a := range addrs {
+		prefix, err := netip.ParsePrefix(a.String())
+		if err == nil && prefix.Addr().IsGlobalUnicast() {
+			return prefix.Addr().String(), nil
+		}
+	}
+	return os.Hostname()
+}
+
+func (s *session) warnGuess(what string, ways []string) {
+	s.say("warning: %s %s, a guess; --advertise HOST:PORT says how members reach the authority", what, plain(list(ways)))
+}
+
+// The ways that tickets name are kept in the store, so that tickets can be made
+// while the authority does not run.
+const (
+	waysBucket = "command"
+	waysKey    = "ways"
+)
+
+type knownWays struct {
+	ways    []identity.Way
+	guessed bool // nobody said so: this host's own idea of its address
+}
+
+type storedWays struct {
+	Ways    []string `json:"ways"`
+	Guessed bool     `json:"guessed"`
+}
+
+func storeWays(st *store.Store, k knownWays) error {
+	b, err := json.Marshal(storedWays{wayTexts(k.ways), k.guessed})
+	if err != nil {
+		return err
+	}
+	return st.Put(waysBucket, []byte(waysKey), b)
+}
+
+func loadWays(st *store.Store) (k knownWays, err error) {
+	b, err := st.Get(waysBucket, []byte(waysKey))
+	if b == nil || err != nil {
+		return k, err
+	}
+	var w storedWays
+	if err = json.Unmarshal(b, &w); err == nil {
+		k.guessed = w.Guessed
+		k.ways, err = parseWays(w.Ways)
+	}
+	if err != nil {
+		return k, fmt.Errorf("reading the authority's ways: %w", err)
+	}
+	return k, nil
+}
+
+func wayTexts(ways []identity.Way) []string {
+	texts := []string{}
+	for _, w := range ways {
+		texts = append(texts, w.String())
+	}
+	return texts
+}
+
+func parseWays(texts []string) ([]identity.Way, error) {
+	var ways []identity.Way
+	for _, text := range texts {
+		w, err := identity.ParseWay(text)
+		if err != nil {
+			return nil, err
+		}
+		ways = append(ways, w)
+	}
+	return ways, nil
+}
+
+// A desk is where commands ask the authority for tickets: in the process that
+// runs it, through the control socket, or on the store while none does.
+type desk struct {
+	server *authority.Server
+	store  *store.Store
+}
+
+// ticketRequest asks for a ticket. Attributes are as on the command line, so
+// that integers stay integers.
+type ticketRequest struct {
+	Name  string        `json:"name"`
+	Attr  []string      `json:"attr"`
+	Serve []string      `json:"serve"`
+	Relay bool          `json:"relay"`
+	TTL   time.Duration `json:"ttl"`
+	Uses  int           `json:"uses"`
+	Ways  []string      `json:"ways"` // empty: the authority's own
+}
+
+type ticketReply struct {
+	Ticket  string   `json:"ticket"`
+	Ways    []string `json:"ways"`
+	Guessed bool     `json:"guessed"`
+}
+
+func (d *desk) create(ctx context.Context, r ticketRequest) (*ticketReply, error) {
+	attrs, err := attributes("attr", r.Attr)
+	if err != nil {
+		return nil, err
+	}
+	var known knownWays
+	if known.ways, err = parseWays(r.Ways); err != nil {
+		return nil, err
+	}
+	if len(known.ways) == 0 {
+		if known, err = loadWays(d.store); err != nil {
+			return nil, err
+		}
+	}
+	if len(known.ways) == 0 {
+		return nil, fail(codeUsage, "start `portal authority --listen …` once, or say --advertise HOST:PORT", "no address is known where members reach this authority")
+	}
+	t, err := d.server.CreateTicket(ctx, authority.Grant{
+		Name: r.Name, Attributes: attrs, Serve: r.Serve, Relay: r.Relay, TTL: r.TTL, Uses: r.Uses, Ways: known.ways,
+	})
+	if err != nil {
+		return nil, err
+	}
+	text, err := t.Text()
+	if err != nil {
+		return nil, err
+	}
+	return &ticketReply{Ticket: text, Ways: wayTexts(known.ways), Guessed: known.guessed}, nil
+}
+
+// answer is the desk behind the control socket. Errors carry their code, so
+// that the command at the other end exits as if it had asked the store itself.
+func (d *desk) answer(ctx context.Context, method string, params json.RawMessage) (any, error) {
+	result, err := d.do(ctx, method, params)
+	if err != nil {
+		f := classify(err)
+		return nil, &control.Error{Code: strconv.Itoa(int(f.code)), Message: f.Error()}
+	}
+	return result, nil
+}
+
+func (d *desk) do(ctx context.Context, method string, params json.RawMessage) (any, error) {
+	switch method {
+	case "ticket.create":
+		var r ticketRequest
+		if err := json.Unmarshal(params, &r); err != nil {
+			return nil, err
+		}
+		return d.create(ctx, r)
+	case "ticket.list":
+		return d.server.Tickets(ctx)
+	case "ticket.revoke":
+		var ref string
+		if err := json.Unmarshal(params, &ref); err != nil {
+			return nil, err
+		}
+		return nil, d.server.RevokeTicket(ctx, ref)
+	}
+	return nil, fmt.Errorf("the authority knows no %q", method)
+}
+
+// askAuthority asks the authority of a home: the process that runs it, or the
+// store itself while none does.
+func askAuthority(ctx context.Context, s *session, home, method string, in, out any) error {
+	h, err := s.openHome(home)
+	if err != nil {
+		return err
+	}
+	self, err := h.Authority(false)
+	if errors.Is(err, identity.ErrNoAuthority) {
+		dir, uid := whose(h)
+		return fail(codeNoAuthority, causes[codeNoAuthority][1], "there is no authority in %s (of user %d)", plain(dir), uid)
+	}
+	if err != nil {
+		return err
+	}
+	err = control.Call(ctx, controlPath(h), method, in, out)
+	var told *control.Error
+	if errors.As(err, &told) {
+		n, nerr := strconv.Atoi(told.Code)
+		if _, known := causes[code(n)]; nerr != nil || !known {
+			n = int(codeFailed)
+		}
+		return fail(code(n), "", "%s", told.Message)
+	}
+	if !errors.Is(err, control.ErrNobody) {
+		return err
+	}
+
+	st, err := store.Open(storePath(h))
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	d := &desk{server: &authority.Server{Self: self, Store: st, Logger: s.log}, store: st}
+	params, err := json.Marshal(in)
+	if err != nil {
+		return err
+	}
+	result, err := d.do(ctx, method, params)
+	if err != nil || out == nil {
+		return err
+	}
+	b, err := json.Marshal(result)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, out)
+}
