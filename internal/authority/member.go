@@ -153,7 +153,7 @@ func (s *Server) redeem(id identity.ID, change, hash [32]byte, now time.Time) (c
 				return err
 			}
 		} else {
-			if reason, when := t.reason(now); reason != nil {
+			if when, reason := t.reason(now); reason != nil {
 				return &TicketError{Reason: reason, When: when, Ref: Ref(hash)}
 			}
 			if m, err = s.admit(tx, id, m, t, hash, now); err != nil {

@@ -86,16 +86,16 @@ func decodeMemberRecord(b []byte) (*memberRecord, error) {
 }
 
 // reason is why the ticket cannot be redeemed by somebody new, and since when; nil while it can.
-func (t *ticketRecord) reason(now time.Time) (error, time.Time) {
+func (t *ticketRecord) reason(now time.Time) (since time.Time, reason error) {
 	switch {
 	case t.Revoked != 0:
-		return ErrTicketRevoked, instant(t.Revoked)
+		return instant(t.Revoked), ErrTicketRevoked
 	case t.Left <= 0:
-		return ErrTicketUsed, instant(t.Spent)
+		return instant(t.Spent), ErrTicketUsed
 	case !now.Before(instant(t.Expires)):
-		return ErrTicketExpired, instant(t.Expires)
+		return instant(t.Expires), ErrTicketExpired
 	}
-	return nil, time.Time{}
+	return time.Time{}, nil
 }
 
 // getTicket and getMember return nil and nil when there is none.

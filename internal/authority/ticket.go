@@ -155,7 +155,7 @@ func sweepTickets(tx *store.Tx, now time.Time, kept time.Duration, n int) (int, 
 		if err != nil {
 			return err
 		}
-		if reason, when := t.reason(now); reason == nil || now.Sub(when) < kept {
+		if when, reason := t.reason(now); reason == nil || now.Sub(when) < kept {
 			return nil
 		}
 		n--
@@ -211,7 +211,7 @@ func (s *Server) Tickets(ctx context.Context) ([]TicketInfo, error) {
 			Name: t.Grant.Name, Attributes: t.Grant.Attributes, Serve: t.Grant.Serve, Relay: t.Grant.Relay,
 			Uses: int(t.Uses), Left: int(t.Left), Created: instant(t.Created), Expires: instant(t.Expires),
 		}
-		reason, when := t.reason(now)
+		when, reason := t.reason(now)
 		switch reason {
 		case ErrTicketRevoked:
 			i.State = "revoked"
