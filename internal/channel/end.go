@@ -318,9 +318,6 @@ func (e *End) read(h Handler) error {
 			return fmt.Errorf("%w: %w", ErrCut, err)
 		}
 		e.heard.Store(int64(time.Since(e.begin)))
-		if e.in.aged() { // the other end may not be the one that makes successors
-			e.aged.Store(true)
-		}
 		for {
 			rec, err := in.record()
 			if err != nil {
@@ -350,6 +347,9 @@ func (e *End) read(h Handler) error {
 		}
 		if err := h.Flush(); err != nil {
 			return err
+		}
+		if e.in.aged() { // the other end may not be the one that makes successors
+			e.aged.Store(true)
 		}
 	}
 }
