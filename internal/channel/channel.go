@@ -278,7 +278,7 @@ func (o *opening) keys(h *handshake, out, in [32]byte) (err error) {
 // writeConfirm shows the credential: the first record of this direction.
 func (o *opening) writeConfirm() error {
 	var frame []byte
-	frame, o.shown = appendConfirm(nil, kindConfirm, o.config.Self)
+	frame, o.shown = appendConfirm(nil, kindConfirm, o.config)
 	return o.writeRecord(frame)
 }
 
@@ -296,9 +296,14 @@ func (o *opening) writeRecord(plain []byte) error {
 
 // appendConfirm appends a frame with this end's credential (it may be empty)
 // and its issuer's history, and says which credential that is.
-func appendConfirm(b []byte, kind uint8, self *identity.Self) ([]byte, *identity.Credential) {
+func appendConfirm(b []byte, kind uint8, config *Config) ([]byte, *identity.Credential) {
+	if config.Kind == Authority {
+		// The identity is the proof, also of whoever has an expired credential, or one of a change before, to renew.
+		b = AppendHeader(b, kind, 0, 4)
+		return appendField(appendField(b, nil), nil), nil
+	}
 	var raw []byte
-	c, issuer := self.Show()
+	c, issuer := config.Self.Show()
 	if c != nil {
 		raw = c.Raw()
 	}

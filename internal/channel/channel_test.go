@@ -264,22 +264,22 @@ func TestNothingBeforeTheConfirmationHasAnEffect(t *testing.T) {
 		},
 		"in the confirmation's record, behind it": func(t *testing.T, a *side, lane net.Conn) {
 			s := initiates(t, a, lane)
-			frame, _ := appendConfirm(nil, kindConfirm, a.self)
+			frame, _ := appendConfirm(nil, kindConfirm, &Config{Kind: Service, Self: a.self})
 			s.writeRecord(append(frame, data...))
 		},
 		"in the confirmation's record, before it": func(t *testing.T, a *side, lane net.Conn) {
 			s := initiates(t, a, lane)
-			frame, _ := appendConfirm(nil, kindConfirm, a.self)
+			frame, _ := appendConfirm(nil, kindConfirm, &Config{Kind: Service, Self: a.self})
 			s.writeRecord(append(bytes.Clone(data), frame...))
 		},
 		"a renewal instead of a confirmation": func(t *testing.T, a *side, lane net.Conn) {
 			s := initiates(t, a, lane)
-			frame, _ := appendConfirm(nil, kindCredential, a.self)
+			frame, _ := appendConfirm(nil, kindCredential, &Config{Kind: Service, Self: a.self})
 			s.writeRecord(frame)
 		},
 		"a confirmation of a stream": func(t *testing.T, a *side, lane net.Conn) {
 			s := initiates(t, a, lane)
-			frame, _ := appendConfirm(nil, kindConfirm, a.self)
+			frame, _ := appendConfirm(nil, kindConfirm, &Config{Kind: Service, Self: a.self})
 			frame[4] = 1
 			s.writeRecord(frame)
 		},

@@ -114,6 +114,9 @@ func newEnd(o *opening) (*End, error) {
 // listen has every renewed credential shown to the other end, also one that was
 // renewed since the confirmation was written.
 func (e *End) listen(shown *identity.Credential) {
+	if e.config.Kind == Authority {
+		return // where none is shown
+	}
 	stop := e.config.Self.OnChange(e.showCredential)
 	e.ending.Lock()
 	e.unlisten = stop
@@ -279,7 +282,7 @@ func (e *End) Ping() {
 
 // showCredential sends a renewed credential into the open channel.
 func (e *End) showCredential() {
-	frame, _ := appendConfirm(nil, kindCredential, e.config.Self)
+	frame, _ := appendConfirm(nil, kindCredential, e.config)
 	e.Control(kindCredential, frame)
 }
 
