@@ -72,6 +72,7 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 	if err != nil {
 		return running(h, err)
 	}
+	defer socket.Close()
 	guessed := false
 	if len(ways) == 0 {
 		if ways, guessed, err = ownWays(lns); err != nil {

@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -293,8 +292,7 @@ func (d *demo) malloryIsRefused(ctx, _ context.Context) error {
 			if _, err := d.mallory.Dial(ctx); err == nil {
 				return errors.New("was let in after a refusal")
 			}
-			why := strings.TrimPrefix(reasonText(state.Err), "refused: ")
-			return d.ok("mallory", "refused by outlet %s: %s (%s)", demoName, why, f.code)
+			return d.ok("mallory", "refused by outlet %s: %s (%s)", demoName, reasonText(state.Err), f.code)
 		case <-ctx.Done():
 			return ctx.Err()
 		}

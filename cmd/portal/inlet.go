@@ -125,6 +125,9 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 
 // inlet prints a state of an inlet.
 func (t *teller) inlet(state inlet.State) {
+	if state.Err == nil {
+		state.Err = errors.New(state.Reason)
+	}
 	switch state.Kind {
 	case link.Ready:
 		c := state.Peer.Credential()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os/exec"
 	"strings"
 	"time"
 
@@ -50,6 +51,11 @@ func (o outletOptions) plan() (*outletPlan, error) {
 	case o.to != "":
 		if p.target, err = parseTarget(o.to); err != nil {
 			return nil, fmt.Errorf("--to: %w", err)
+		}
+	}
+	if o.command != nil {
+		if _, err := exec.LookPath(o.command[0]); err != nil {
+			return nil, fail(codeUsage, "", "outlet %s: its command: %w", o.name, err)
 		}
 	}
 	if len(o.allow) == 0 {

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/portal-tunnel/portal/internal/stream"
 )
 
 // A teller prints what a long-running command is doing, one line for each
@@ -88,9 +90,10 @@ func (t *teller) ready(ev event, text string) {
 }
 
 // reasonText is an error on one line, fit to print: some of it may come from a
-// peer.
+// peer. The word of the state stands before it already.
 func reasonText(err error) string {
-	return fromPeer(strings.ReplaceAll(classify(err).Error(), "\n", "; "))
+	text := strings.TrimPrefix(classify(err).Error(), stream.CodeRefused.String()+": ")
+	return fromPeer(strings.ReplaceAll(text, "\n", "; "))
 }
 
 // list is "a", "a and b", "a, b and c".

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -210,6 +211,42 @@ func TestEveryCodeIsExplainedAndLeadsToADocumentedExit(t *testing.T) {
 			t.Errorf("%s is not explained", c)
 		}
 	}
+}
+
+func TestDemoLeavesNothingBehind(t *testing.T) {
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	demo := func() {
+		var stdout, stderr bytes.Buffer
+		if status := run(context.Background(), []string{"demo"}, strings.NewReader(""), &stdout, &stderr, nil); status != exitFine {
+			t.Fatalf("exit %d\n%s%s", status, &stdout, &stderr)
+		}
+	}
+	demo() // what the runtime keeps for good, such as the poller and the signals' goroutine
+	goroutines, files := runtime.NumGoroutine(), openFiles(t)
+	demo()
+	limit := time.Now().Add(5 * time.Second)
+	for runtime.NumGoroutine() > goroutines && time.Now().Before(limit) {
+		runtime.Gosched() // a goroutine that was waited for may still be returning
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		b := make([]byte, 1<<20)
+		t.Errorf("%d goroutines, %d before:\n%s", n, goroutines, b[:runtime.Stack(b, true)])
+	}
+	if n := openFiles(t); n > files {
+		t.Errorf("%d open files, %d before", n, files)
+	}
+	if left, err := os.ReadDir(tmp); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func openFiles(t *testing.T) int {
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
 }
 
 // The word stands in the line that scripts wait for, and in no other.
