@@ -193,7 +193,7 @@ func (m *member) valid(good func(*identity.Credential) error) (left time.Duratio
 		return 0, errors.New("there is no credential")
 	}
 	if left = c.Expires.Sub(now); left <= 0 {
-		return 0, &identity.ExpiredError{What: "credential", NotBefore: c.NotBefore, Expires: c.Expires, Now: now}
+		return 0, fail(codeExpired, "", "the credential expired at %s and has not been renewed", when(c.Expires))
 	}
 	return left, good(c)
 }

@@ -179,7 +179,7 @@ func (p *outletPlan) report(ctx context.Context, m *member, server *outlet.Serve
 		switch {
 		case err == nil:
 			t.ready(ev, "ready on "+list(addrs)+"; "+answer)
-		case classify(err).code.exit() == exitRefused:
+		case classify(err).code == codeRefused:
 			t.refused(err)
 		default:
 			t.waiting(err, 0)
