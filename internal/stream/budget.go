@@ -72,6 +72,6 @@ func (b *Budget) relieve() {
 	}
 	b.mu.Unlock()
 	if most != nil {
-		most.reset(&ResetError{Code: CodeBusy, Reason: "out of memory for streams that are not read", Local: true})
+		most.Reset(CodeBusy, "out of memory for streams that are not read")
 	}
 }

@@ -42,11 +42,14 @@ type Conn struct {
 	first    chunk // held bytes, oldest first
 	chunks   []chunk
 	held     atomic.Int64
-	ended    bool // an end came and its total was right
-	writing  bool // the actor is writing a chunk to local
-	closed   bool // the user has closed it: what comes is not wanted
+	scratch  [headerSize + 8]byte // where a credit frame is written
+	ended    bool                 // an end came and its total was right
+	writing  bool                 // the actor is writing a chunk to local
+	closed   bool                 // the user has closed it: what comes is not wanted
+	settled  bool                 // it ended in good order and everything is delivered
 	readTill time.Time
 	readTime *time.Timer
+	linger   *time.Timer // after Close
 
 	local local // set by Join
 
@@ -60,10 +63,8 @@ type Conn struct {
 	failed    error // why, for writers
 	writeTill time.Time
 	writeTime *time.Timer
-	linger    *time.Timer // after Close
 
-	doneRecv, doneSend atomic.Bool // over on the wire, by direction
-	finish             sync.Once
+	doneRecv, doneSend atomic.Bool   // over on the wire, by direction
 	done               chan struct{} // closed when nothing is left to do here
 }
 
@@ -73,7 +74,7 @@ func newConn(m *Mux, id uint32) *Conn {
 	return c
 }
 
-// spawn gives the stream its address on the node.
+// spawn gives the stream its address on the node. An acceptor's needs recv.
 func (c *Conn) spawn() (err error) {
 	c.actor, err = c.mux.node.Spawn("", c, nil)
 	return err
@@ -169,15 +170,15 @@ func (c *Conn) answeredBytes() bool {
 }
 
 // Reset ends both directions at once: the other end's application gets a
-// connection reset, and so does the local one.
+// connection reset, and so does the local one, also when everything has arrived
+// and only its reader is slow.
 func (c *Conn) Reset(code Code, reason string) {
-	c.reset(&ResetError{Code: code, Reason: reason, Local: true})
+	c.kill(&ResetError{Code: code, Reason: reason, Local: true}, true)
 }
 
-// reset ends the stream at this end and tells the other, unless the other end
-// never heard of it or the stream is over on the wire.
-func (c *Conn) reset(why *ResetError) { c.kill(why, false) }
-
+// kill ends the stream at this end and tells the other, unless the other end
+// never heard of it or the stream is over on the wire. One that is over on the
+// wire is ended only when undelivered is set.
 func (c *Conn) kill(why *ResetError, undelivered bool) {
 	tell := !c.wireOver()
 	sealed, ended := c.end(why, undelivered)
@@ -197,7 +198,7 @@ func (c *Conn) end(why error, undelivered bool) (sealed, ended bool) {
 		return false, false
 	}
 	c.recv.Lock()
-	if c.why != nil {
+	if c.why != nil || c.settled {
 		c.recv.Unlock()
 		return false, false
 	}
@@ -214,55 +215,56 @@ func (c *Conn) end(why error, undelivered bool) (sealed, ended bool) {
 	sealed = c.mux.over.Discard(&c.queue, why)
 	c.doneRecv.Store(true)
 	c.doneSend.Store(true)
-	c.mux.forget(c)
-	if l != nil {
-		Abort(l)
+	switch {
+	case l == nil:
+	case c.local.raw != nil:
+		Abort(l) // closing a socket does not wait
+	default:
+		c.local.aborts.Go(func() { Abort(l) })
 	}
 	c.finished(why)
 	return sealed, true
 }
 
-// wireDone marks a direction as over on the wire in good order.
-func (c *Conn) wireDone(direction *atomic.Bool) {
-	direction.Store(true)
-	if c.wireOver() {
-		c.mux.forget(c)
-	}
-}
-
-// finished lets go of everything: nothing is held and nobody uses it.
-func (c *Conn) finished(why error) {
-	c.finish.Do(func() {
-		c.recv.Lock()
-		if c.readTime != nil {
-			c.readTime.Stop()
-		}
-		c.recv.Unlock()
-		c.send.Lock()
-		for _, t := range []*time.Timer{c.writeTime, c.linger} {
-			if t != nil {
-				t.Stop()
-			}
-		}
-		c.send.Unlock()
-		if c.actor != nil {
-			c.actor.Stop(why)
-		}
-		close(c.done)
-		c.mux.finished()
-	})
-}
-
 // settle finishes a stream both of whose directions are over and delivered.
 func (c *Conn) settle() {
 	c.recv.Lock()
-	rest := c.why != nil || !c.ended || !c.emptyLocked() && !c.closed || c.writing
+	c.send.Lock()
+	settled := c.sentEnd && c.ended && c.emptyLocked() && !c.writing && c.why == nil && !c.settled
+	c.send.Unlock()
+	if !settled {
+		c.recv.Unlock()
+		return
+	}
+	c.settled = true
+	if c.local.raw != nil {
+		c.local.conn.SetReadDeadline(time.Unix(1, 0)) // ends awaitReset
+	}
+	c.recv.Unlock()
+	c.finished(nil)
+}
+
+// finished lets go of everything, once: why or settled is set.
+func (c *Conn) finished(why error) {
+	c.recv.Lock()
+	stopTimer(&c.readTime)
+	stopTimer(&c.linger)
+	actor := c.actor
 	c.recv.Unlock()
 	c.send.Lock()
-	rest = rest || !c.sentEnd
+	stopTimer(&c.writeTime)
 	c.send.Unlock()
-	if !rest {
-		c.finished(nil)
+	if actor != nil {
+		actor.Stop(why)
+	}
+	c.mux.finished(c)
+	close(c.done)
+}
+
+func stopTimer(t **time.Timer) {
+	if *t != nil {
+		(*t).Stop()
+		*t = nil
 	}
 }
 
@@ -270,7 +272,9 @@ func (c *Conn) settle() {
 func (c *Conn) Done() <-chan struct{} { return c.done }
 
 // Close ends the stream as closing a TCP connection does: what was written is
-// delivered, then an end; what the other end still sends is answered by a reset.
+// delivered, then an end; what the other end still sends is answered by a
+// reset, and so is the stream when there are bytes unread. A joined stream is
+// reset. Close does not wait for a Write, but may for the lane, as a Write does.
 func (c *Conn) Close() error {
 	c.recv.Lock()
 	if c.closed {
@@ -278,28 +282,18 @@ func (c *Conn) Close() error {
 		return net.ErrClosed
 	}
 	c.closed = true
-	unread := !c.emptyLocked()
-	dead := c.why != nil
+	abort := !c.emptyLocked() || c.local.conn != nil
+	if c.why == nil && !c.settled && !abort {
+		c.linger = time.AfterFunc(closedFor, func() { c.Reset(CodeClosed, "") })
+	}
+	stopTimer(&c.readTime)
 	c.readable.Broadcast()
 	c.recv.Unlock()
-	if dead {
-		return nil
-	}
-	if unread { // as a TCP socket that is closed with bytes unread
+	if abort {
 		c.Reset(CodeClosed, "")
 		return nil
 	}
 	c.CloseWrite()
-	c.send.Lock()
-	c.failed = net.ErrClosed
-	c.linger = time.AfterFunc(closedFor, func() { c.Reset(CodeClosed, "") })
-	select {
-	case <-c.done:
-		c.linger.Stop()
-	default:
-	}
-	c.send.Unlock()
-	c.settle()
 	return nil
 }
 
@@ -319,11 +313,8 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 		return net.ErrClosed
 	}
 	c.readTill = t
-	if c.readTime != nil {
-		c.readTime.Stop()
-		c.readTime = nil
-	}
-	if !t.IsZero() {
+	stopTimer(&c.readTime)
+	if !t.IsZero() && c.why == nil && !c.settled {
 		c.readTime = time.AfterFunc(time.Until(t), func() {
 			c.recv.Lock()
 			c.readable.Broadcast()
@@ -335,18 +326,15 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 }
 
 // SetWriteDeadline is as for any net.Conn. Bytes of a Write that it ends may
-// have been sent; they are counted.
+// have been sent; they are counted. Behind CloseWrite it changes nothing.
 func (c *Conn) SetWriteDeadline(t time.Time) error {
 	c.send.Lock()
 	defer c.send.Unlock()
-	if c.failed == net.ErrClosed {
-		return net.ErrClosed
+	if c.failed != nil || c.ending {
+		return nil
 	}
 	c.writeTill = t
-	if c.writeTime != nil {
-		c.writeTime.Stop()
-		c.writeTime = nil
-	}
+	stopTimer(&c.writeTime)
 	// With a deadline a sender must not sit in a write to the lane.
 	c.queue.Async.Store(!t.IsZero())
 	c.mux.over.Stop(&c.queue, nil)

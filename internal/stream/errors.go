@@ -2,11 +2,16 @@ package stream
 
 import (
 	"errors"
+	"fmt"
+	"net"
 	"syscall"
 )
 
 // ErrAway is returned by Open when the other end takes no new streams.
 var ErrAway = errors.New("the other end is going away and takes no new streams")
+
+// errEnding is returned to a writer behind CloseWrite or Close.
+var errEnding = fmt.Errorf("this direction of the stream has ended: %w", net.ErrClosed)
 
 // ResetError is what the reader and the writer of a stream get that did not
 // end in good order. It is a connection reset for errors.Is.
@@ -38,8 +43,11 @@ type RefusedError struct {
 }
 
 func (e *RefusedError) Error() string {
-	if e.Reason == "" {
+	switch {
+	case e.Reason == "":
 		return e.Code.String()
+	case e.Code == CodeRefused:
+		return e.Reason // it says so itself
 	}
 	return e.Code.String() + ": " + e.Reason
 }

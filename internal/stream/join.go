@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"syscall"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
@@ -15,6 +16,8 @@ type local struct {
 	raw   syscall.RawConn // nil: no socket, written by the actor only
 	ended bool            // the other end's end was passed on
 	now   nowWriter
+
+	aborts sync.WaitGroup // closes conn after a reset
 }
 
 // Arm makes a TCP socket reset its peer whenever it is closed without Disarm,
@@ -62,10 +65,14 @@ func closeWrite(c net.Conn) error {
 // actor write it.
 func (c *Conn) Join(l net.Conn) error {
 	c.recv.Lock()
-	if c.why != nil {
+	why := c.why
+	if why == nil && c.closed {
+		why = net.ErrClosed
+	}
+	if why != nil {
 		c.recv.Unlock()
 		Abort(l)
-		return c.why
+		return why
 	}
 	c.local.conn = l
 	c.local.raw = rawOf(l)
@@ -78,10 +85,10 @@ func (c *Conn) Join(l net.Conn) error {
 	c.pump(l)
 	<-c.done
 	c.recv.Lock()
-	why := c.why
+	why = c.why
 	c.recv.Unlock()
 	if why != nil {
-		Abort(l)
+		c.local.aborts.Wait()
 		return why
 	}
 	disarm(l)
@@ -94,14 +101,21 @@ func (c *Conn) pump(l net.Conn) {
 	in := reader{conn: l, raw: c.local.raw}
 	in.init()
 	for {
-		room, err := c.room()
+		room, err := c.room(buffer.Batch)
 		if err != nil {
 			return // reset; whoever did it has closed l
 		}
 		b, n, err := in.read(min(room, c.mux.over.Budget()), c.id)
 		if n > 0 {
-			if err := c.push(b, n); err != nil {
-				c.reset(&ResetError{Code: CodeChannel, Reason: err.Error(), Local: true})
+			c.writes.Lock()
+			err := c.push(b, n)
+			c.doneWriting()
+			if err != nil { // what was read is lost
+				code := CodeChannel
+				if errors.Is(err, errEnding) {
+					code = CodeLocal
+				}
+				c.kill(&ResetError{Code: code, Reason: err.Error(), Local: true}, true)
 				return
 			}
 		}
@@ -109,11 +123,15 @@ func (c *Conn) pump(l net.Conn) {
 		case err == nil:
 		case errors.Is(err, io.EOF):
 			if err := c.CloseWrite(); err != nil {
-				c.reset(&ResetError{Code: CodeChannel, Reason: err.Error(), Local: true})
+				c.kill(&ResetError{Code: CodeChannel, Reason: err.Error(), Local: true}, true)
+				return
+			}
+			if in.awaitReset() {
+				c.localFailed()
 			}
 			return
 		default:
-			c.reset(&ResetError{Code: CodeLocal, Local: true})
+			c.localFailed()
 			return
 		}
 	}

@@ -68,9 +68,8 @@ type Mux struct {
 	accept    func(*Incoming)
 
 	mu      sync.Mutex
-	conns   map[uint32]*Conn // by id, until both directions are over on the wire
-	live    int              // streams that are not finished here
-	idle    *sync.Cond       // live fell to 0
+	conns   map[uint32]*Conn // by id, until nothing is left of them here
+	idle    *sync.Cond       // conns became empty
 	next    uint32           // our next id
 	highest uint32           // their highest id so far
 	err     error            // the channel has ended
@@ -142,7 +141,6 @@ func (m *Mux) Open(h Header) (*Conn, error) {
 	if err == nil {
 		m.next += 2
 		m.conns[c.id] = c
-		m.live++
 	}
 	m.mu.Unlock()
 	if b != nil {
@@ -202,13 +200,13 @@ func (m *Mux) Going() bool {
 func (m *Mux) Streams() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.live
+	return len(m.conns)
 }
 
 // WaitIdle returns when no stream is left.
 func (m *Mux) WaitIdle() {
 	m.mu.Lock()
-	for m.live > 0 {
+	for len(m.conns) > 0 {
 		m.idle.Wait()
 	}
 	m.mu.Unlock()
@@ -217,7 +215,7 @@ func (m *Mux) WaitIdle() {
 // ResetAll resets every stream, telling the other end why.
 func (m *Mux) ResetAll(code Code, reason string) {
 	for _, c := range m.all() {
-		c.reset(&ResetError{Code: code, Reason: reason, Local: true})
+		c.Reset(code, reason)
 	}
 }
 
@@ -229,9 +227,20 @@ func (m *Mux) Fail(err error) {
 		m.err = err
 	}
 	m.mu.Unlock()
-	m.limits.Budget.leave(m)
 	for _, c := range m.all() {
-		c.reset(&ResetError{Code: CodeChannel, Reason: err.Error()})
+		c.kill(&ResetError{Code: CodeChannel, Reason: err.Error()}, false)
+	}
+	m.leaveIfIdle()
+}
+
+// leaveIfIdle takes a mux whose channel has ended off the node's budget when its
+// last stream has been delivered.
+func (m *Mux) leaveIfIdle() {
+	m.mu.Lock()
+	over := m.err != nil && len(m.conns) == 0
+	m.mu.Unlock()
+	if over {
+		m.limits.Budget.leave(m)
 	}
 }
 
@@ -245,23 +254,18 @@ func (m *Mux) all() []*Conn {
 	return all
 }
 
-// forget takes a stream out of the table: it is over on the wire, and frames
-// that still come for it are dropped.
-func (m *Mux) forget(c *Conn) {
-	m.mu.Lock()
-	if m.conns[c.id] == c {
-		delete(m.conns, c.id)
-	}
-	m.mu.Unlock()
-}
-
 // finished is told once for each stream, when nothing of it is left here.
-func (m *Mux) finished() {
+func (m *Mux) finished(c *Conn) {
 	m.mu.Lock()
-	if m.live--; m.live == 0 {
+	delete(m.conns, c.id)
+	idle := len(m.conns) == 0
+	if idle {
 		m.idle.Broadcast()
 	}
 	m.mu.Unlock()
+	if idle {
+		m.leaveIfIdle()
+	}
 }
 
 // find gives the stream of id, nil for one that is dead, and an error for one
@@ -270,6 +274,9 @@ func (m *Mux) find(id uint32) (*Conn, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if c := m.conns[id]; c != nil {
+		if c.wireOver() {
+			c = nil
+		}
 		return c, nil
 	}
 	if id == 0 || m.ours(id) && id >= m.next || !m.ours(id) && id > m.highest {
@@ -392,7 +399,6 @@ func (m *Mux) incoming(id uint32, body []byte) error {
 	c := newConn(m, id)
 	c.limit, c.granted = credit, earlyWindow
 	m.conns[id] = c
-	m.live++
 	m.mu.Unlock()
 	m.accept(&Incoming{Header: h, conn: c})
 	return m.countBad()
@@ -417,18 +423,20 @@ func (m *Mux) countBad() error {
 // has been reset meanwhile: its first use tells.
 func (i *Incoming) Accept() *Conn {
 	c := i.conn
-	if err := c.spawn(); err != nil {
-		c.reset(&ResetError{Code: CodeInternal, Reason: err.Error(), Local: true})
+	c.recv.Lock()
+	if c.over() {
+		c.recv.Unlock()
 		return c
 	}
-	c.recv.Lock()
+	if err := c.spawn(); err != nil {
+		c.recv.Unlock()
+		c.Reset(CodeInternal, err.Error())
+		return c
+	}
 	c.granted = firstWindow
-	dead := c.over()
 	c.answered = true
 	c.recv.Unlock()
-	if !dead {
-		c.mux.over.Control(key(frameOpened, c.id), appendOffset(nil, frameOpened, c.id, firstWindow))
-	}
+	c.mux.over.Control(key(frameOpened, c.id), appendOffset(nil, frameOpened, c.id, firstWindow))
 	return c
 }
 

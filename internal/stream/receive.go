@@ -170,8 +170,7 @@ func (c *Conn) consumedLocked(n int) {
 	grant := c.consumed + uint64(c.window)
 	if grant >= c.granted+uint64(max(c.window/8, leastStep)) {
 		c.granted = grant
-		var frame [headerSize + 8]byte
-		c.mux.over.Control(key(frameCredit, c.id), appendOffset(frame[:0], frameCredit, c.id, grant))
+		c.mux.over.Control(key(frameCredit, c.id), appendOffset(c.scratch[:0], frameCredit, c.id, grant))
 	}
 }
 
@@ -190,16 +189,16 @@ func (c *Conn) theirEnd(total uint64) error {
 	c.ended = true
 	c.readable.Broadcast()
 	joined := c.local.conn != nil
-	held := !c.emptyLocked() || c.writing
+	mayWait := !c.emptyLocked() || c.writing || c.local.raw == nil
 	c.recv.Unlock()
-	c.wireDone(&c.doneRecv)
+	c.doneRecv.Store(true)
 	switch {
 	case !joined:
 		c.settle()
-	case held:
+	case mayWait:
 		c.actor.Wake()
 	default:
-		c.actor.Run() // nothing to write: passing on the end does not wait
+		c.actor.Run() // nothing to write to a socket: passing on the end does not wait
 	}
 	return nil
 }

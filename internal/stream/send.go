@@ -1,8 +1,8 @@
 package stream
 
 import (
-	"net"
 	"os"
+	"time"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
 )
@@ -18,8 +18,9 @@ func (c *Conn) credit(n uint64) {
 	c.send.Unlock()
 }
 
-// room waits for credit and says how many bytes may be sent, at least one.
-func (c *Conn) room() (int, error) {
+// room waits for credit and says how many bytes may be sent, at least one. It
+// returns 0 at once when none are wanted.
+func (c *Conn) room(wanted int) (int, error) {
 	c.send.Lock()
 	defer c.send.Unlock()
 	for {
@@ -27,11 +28,13 @@ func (c *Conn) room() (int, error) {
 		case c.failed != nil:
 			return 0, c.failed
 		case c.ending:
-			return 0, net.ErrClosed
+			return 0, errEnding
 		case past(c.writeTill):
 			return 0, os.ErrDeadlineExceeded
+		case wanted == 0:
+			return 0, nil
 		case c.limit > c.sent:
-			return int(min(c.limit-c.sent, buffer.Batch)), nil
+			return int(min(c.limit-c.sent, uint64(wanted), buffer.Batch)), nil
 		}
 		c.writable.Wait()
 	}
@@ -40,15 +43,15 @@ func (c *Conn) room() (int, error) {
 // Write sends b as data frames. It waits for credit and for the lane.
 func (c *Conn) Write(b []byte) (n int, err error) {
 	c.writes.Lock()
-	defer c.writes.Unlock()
+	defer c.doneWriting()
 	for {
-		room, err := c.room()
+		room, err := c.room(len(b))
 		if err != nil || len(b) == 0 {
 			return n, err
 		}
-		buf := buffer.ForPayload(min(len(b), room, c.mux.over.Budget()))
+		buf := buffer.ForPayload(min(room, c.mux.over.Budget()))
 		took := 0
-		for took < room && took < len(b) {
+		for took < room {
 			next := buf.Next()
 			if len(next) <= headerSize {
 				break
@@ -63,12 +66,22 @@ func (c *Conn) Write(b []byte) (n int, err error) {
 			return n, err
 		}
 		n += took
-		b = b[took:]
+		if b = b[took:]; len(b) == 0 {
+			return n, nil
+		}
 	}
 }
 
-// push sends a buffer with n bytes of payload. The caller is the only sender.
+// push sends a buffer with n bytes of payload. The caller holds writes: the end
+// must not get between the bytes and their count.
 func (c *Conn) push(b *buffer.Buffer, n int) error {
+	c.send.Lock()
+	ending := c.ending
+	c.send.Unlock()
+	if ending {
+		b.Release()
+		return errEnding
+	}
 	if err := c.mux.over.Send(&c.queue, b); err != nil {
 		return c.sendError(err)
 	}
@@ -82,42 +95,69 @@ func (c *Conn) push(b *buffer.Buffer, n int) error {
 func (c *Conn) sendError(err error) error {
 	c.send.Lock()
 	defer c.send.Unlock()
-	if c.failed != nil {
+	switch {
+	case c.failed != nil:
 		return c.failed
+	case c.ending:
+		return errEnding
 	}
 	return err
 }
 
-// CloseWrite ends this direction: an end with the total goes behind the data,
-// and the other end's reader sees io.EOF after exactly that many bytes.
-func (c *Conn) CloseWrite() error {
-	// A Write that waits gives up; what it has sent so far counts.
+// doneWriting lets the next writer in and sends the end that was asked for
+// meanwhile.
+func (c *Conn) doneWriting() {
+	c.writes.Unlock()
 	c.send.Lock()
-	c.ending = true
-	c.writable.Broadcast()
+	owed := c.ending && !c.sentEnd
 	c.send.Unlock()
-	c.mux.over.Stop(&c.queue, os.ErrDeadlineExceeded)
+	if owed {
+		c.sendEnd()
+	}
+}
 
-	c.writes.Lock()
-	defer c.writes.Unlock()
+// CloseWrite ends this direction: an end with the total goes behind the data,
+// and the other end's reader sees io.EOF after exactly that many bytes. A Write
+// that waits gives up; what it has sent so far counts, and the end follows it.
+func (c *Conn) CloseWrite() error {
+	c.send.Lock()
+	if !c.ending {
+		c.ending = true
+		c.writable.Broadcast()
+		c.mux.over.Stop(&c.queue, os.ErrDeadlineExceeded)
+		// No deadline counts any more: it would cut the end off.
+		c.writeTill = time.Time{}
+		stopTimer(&c.writeTime)
+	}
+	c.send.Unlock()
+	return c.sendEnd()
+}
+
+// sendEnd sends the end, unless somebody is writing: who does so may be waiting
+// for the lane, and sends the end itself afterwards (doneWriting).
+func (c *Conn) sendEnd() error {
+	if !c.writes.TryLock() {
+		return nil
+	}
 	c.mux.over.Stop(&c.queue, nil)
 	c.send.Lock()
-	if c.failed != nil || c.sentEnd {
-		err := c.failed
-		c.send.Unlock()
+	err, again, total := c.failed, c.sentEnd, c.sent
+	c.sentEnd = true
+	c.send.Unlock()
+	if err != nil || again {
+		c.writes.Unlock()
 		return err
 	}
-	c.sentEnd = true
-	total := c.sent
-	c.send.Unlock()
 	b := buffer.Get(headerSize + 8 + buffer.Around)
 	b.Commit(len(appendOffset(b.Next()[:0], frameEnd, c.id, total)))
 	// Posted, not sent: one frame more than the queue holds does no harm, and
-	// no deadline may cut the end off.
-	if err := c.mux.over.Post(&c.queue, b); err != nil {
+	// nobody waits who only closes.
+	err = c.mux.over.Post(&c.queue, b)
+	c.writes.Unlock()
+	if err != nil {
 		return c.sendError(err)
 	}
-	c.wireDone(&c.doneSend)
+	c.doneSend.Store(true)
 	c.mux.over.Flush()
 	c.settle()
 	return nil

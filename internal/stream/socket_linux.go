@@ -55,6 +55,26 @@ func (r *reader) attempt(fd uintptr) bool {
 	return true
 }
 
+// awaitReset waits, behind the end of what the socket's peer sends, for a reset
+// of it: reads no longer tell. It returns false when the stream is over: then
+// the socket is closed or its read deadline is past.
+func (r *reader) awaitReset() bool {
+	if r.raw == nil {
+		return false
+	}
+	reset := false
+	r.raw.Read(func(fd uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd)}}
+		_, err := unix.Poll(p, 0)
+		for err == unix.EINTR {
+			_, err = unix.Poll(p, 0)
+		}
+		reset = err == nil && p[0].Revents&unix.POLLERR != 0
+		return reset
+	})
+	return reset
+}
+
 // nowWriter writes to a socket without waiting. Its fields are for the one
 // closure that every write uses; the stream's recv lock guards them.
 type nowWriter struct {
