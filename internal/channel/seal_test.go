@@ -1,0 +1,346 @@
+package channel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"net"
+	"os"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/memnet"
+)
+
+// blocked is an open channel whose end a is in a write that the lane does not
+// take before x.Resume.
+func blocked(t *testing.T) (a, b *side, x *memnet.Conn) {
+	t.Helper()
+	a, b, x, _ = open(t, memnet.Link{Buffer: 1 << 10})
+	x.Stall()
+	go a.send(new(buffer.Queue), make([]byte, 50000))
+	synctest.Wait()
+	return a, b, x
+}
+
+func (s *side) leave() {
+	s.end.Close()
+	<-s.ran
+}
+
+func TestQueueHoldsTwoBuffersAndTheThirdSenderWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		q := new(buffer.Queue)
+		for range maxQueued {
+			check(t, a.send(q, []byte("queued"))) // behind the write, at once
+		}
+		sent := 0
+		for range 3 {
+			go func() {
+				check(t, a.send(q, []byte("waited")))
+				sent++
+			}()
+			synctest.Wait()
+		}
+		if sent != 0 || q.Waiting != maxQueued {
+			t.Errorf("%d more were taken, %d wait", sent, q.Waiting)
+		}
+		// Another stream has its own two.
+		check(t, a.send(new(buffer.Queue), []byte("other")))
+		x.Resume()
+		synctest.Wait()
+		if sent != 3 || q.Waiting != 0 || len(b.got.all()) != 1+maxQueued+1+3 {
+			t.Errorf("afterwards: %d sent, %d wait, %d arrived", sent, q.Waiting, len(b.got.all()))
+		}
+		a.leave()
+	})
+}
+
+func TestStopReleasesAWaitingSenderAndIsTakenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		q := new(buffer.Queue)
+		check(t, a.send(q, []byte("1")))
+		check(t, a.send(q, []byte("2")))
+		result := make(chan error, 1)
+		go func() { result <- a.send(q, []byte("3")) }()
+		synctest.Wait()
+		a.end.Stop(q, os.ErrDeadlineExceeded)
+		if err := <-result; err != os.ErrDeadlineExceeded {
+			t.Errorf("the waiting sender: %v", err)
+		}
+		if err := a.end.Post(q, frameOf([]byte("4"))); err != os.ErrDeadlineExceeded {
+			t.Errorf("a stopped queue takes a buffer: %v", err)
+		}
+		a.end.Stop(q, nil)
+		check(t, a.end.Post(q, frameOf([]byte("5"))))
+		x.Resume()
+		synctest.Wait()
+		var got []string
+		for _, f := range b.got.all()[1:] {
+			got = append(got, string(f))
+		}
+		if !slices.Equal(got, []string{"1", "2", "5"}) {
+			t.Errorf("what was queued arrived as %q", got)
+		}
+		a.leave()
+	})
+}
+
+func TestDiscardDropsAQueueForGoodAndSaysWhetherAnythingWasSealed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		fresh, other, why := new(buffer.Queue), new(buffer.Queue), errors.New("reset")
+		check(t, a.send(fresh, []byte("dropped")))
+		check(t, a.send(other, []byte("kept 1")))
+		check(t, a.send(fresh, []byte("dropped too")))
+		check(t, a.send(other, []byte("kept 2")))
+		result := make(chan error, 1)
+		go func() { result <- a.send(fresh, []byte("waiting")) }()
+		synctest.Wait()
+		if a.end.Discard(fresh, why) {
+			t.Error("something of it is said to be sealed")
+		}
+		if err := <-result; err != why {
+			t.Errorf("the waiting sender: %v", err)
+		}
+		a.end.Stop(fresh, nil)
+		if err := a.send(fresh, []byte("late")); err != why || fresh.Waiting != 0 {
+			t.Errorf("a discarded queue lives again: %v, %d wait", err, fresh.Waiting)
+		}
+		x.Resume()
+		synctest.Wait()
+		got := b.got.all()[1:]
+		if len(got) != 2 || string(got[0]) != "kept 1" || string(got[1]) != "kept 2" {
+			t.Errorf("%q arrived", got)
+		}
+		if !a.end.Discard(other, why) {
+			t.Error("what has arrived was not sealed")
+		}
+		a.leave()
+	})
+}
+
+func TestDiscardLeavesAloneWhatIsBeingWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x, _ := open(t, memnet.Link{Buffer: 1 << 10})
+		x.Stall()
+		q, body := new(buffer.Queue), bytes.Repeat([]byte("data"), 10000)
+		go a.send(q, body)
+		synctest.Wait()
+		check(t, a.send(q, []byte("dropped")))
+		if !a.end.Discard(q, net.ErrClosed) {
+			t.Error("a buffer in a write counts as not sealed")
+		}
+		x.Resume()
+		synctest.Wait()
+		if got := b.got.all(); len(got) != 1 || !bytes.Equal(got[0], body) || q.Waiting != 0 {
+			t.Errorf("%d frames arrived, %d wait", len(got), q.Waiting)
+		}
+		a.leave()
+	})
+}
+
+func TestControlFramesOfAKeyReplaceOneAnotherAndGoFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		check(t, a.send(new(buffer.Queue), []byte("data")))
+		credit := func(stream uint32, n int) []byte {
+			return binary.BigEndian.AppendUint64(AppendHeader(nil, 0x16, stream, 8), uint64(n))
+		}
+		for n := range 1000 {
+			for stream := range uint32(3) {
+				check(t, a.end.Control(uint64(stream), credit(stream+1, n)))
+			}
+		}
+		if n := len(a.end.control); n != 3 {
+			t.Errorf("%d control frames wait", n)
+		}
+		x.Resume()
+		synctest.Wait()
+		got := b.got.all()[1:] // behind what was in the write
+		if len(got) != 4 || string(got[3]) != "data" {
+			t.Fatalf("%d frames arrived, the last is %q", len(got), got[len(got)-1])
+		}
+		for _, f := range got[:3] {
+			if binary.BigEndian.Uint64(f) != 999 {
+				t.Errorf("an old frame arrived: %x", f)
+			}
+		}
+		a.leave()
+	})
+}
+
+func TestControlFramesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		for key := range uint64(maxControl) {
+			check(t, a.end.Control(key, AppendHeader(nil, 0x16, 1, 0)))
+		}
+		check(t, a.end.Control(7, AppendHeader(nil, 0x16, 1, 0))) // a known key is no more
+		if err := a.end.Control(maxControl, AppendHeader(nil, 0x16, 1, 0)); err != errControl {
+			t.Errorf("one more: %v", err)
+		}
+		if err := <-a.ran; err != errControl {
+			t.Errorf("the channel: %v", err)
+		}
+		x.Resume()
+		<-b.ran
+	})
+}
+
+func TestAllControlFramesOfABurstArrive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		var want [][]byte
+		for key := range 2000 {
+			body := bytes.Repeat([]byte{byte(key)}, key%40)
+			want = append(want, body)
+			check(t, a.end.Control(uint64(key), append(AppendHeader(nil, 0x15, 1, len(body)), body...)))
+		}
+		long := bytes.Repeat([]byte{9}, 8200) // as long as a credential
+		want = append(want, long)
+		check(t, a.end.Control(1<<40, append(AppendHeader(nil, 0x15, 1, len(long)), long...)))
+		for i := range 50 { // small data next to them, and some that is not
+			body := bytes.Repeat([]byte{byte(i)}, 1+i*90)
+			want = append(want, body)
+			check(t, a.send(new(buffer.Queue), body))
+		}
+		x.Resume()
+		synctest.Wait()
+		got := b.got.all()[1:]
+		if !slices.EqualFunc(got, want, bytes.Equal) {
+			t.Errorf("%d frames arrived, or in another order; sent were %d", len(got), len(want))
+		}
+		a.leave()
+	})
+}
+
+func TestSmallFramesShareAWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x := blocked(t)
+		for range 100 {
+			check(t, a.send(new(buffer.Queue), []byte("keystroke")))
+		}
+		before := a.end.writes.Load()
+		x.Resume()
+		synctest.Wait()
+		if n := a.end.writes.Load() - before; n != 2 {
+			t.Errorf("%d writes: one was under way, and 100 small frames need one", n)
+		}
+		if n := len(b.got.all()); n != 101 {
+			t.Errorf("%d frames arrived", n)
+		}
+		a.leave()
+	})
+}
+
+func TestAsyncSenderNeverSitsInAWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _, x, _ := open(t, memnet.Link{Buffer: 1 << 10})
+		x.Stall()
+		q := new(buffer.Queue)
+		q.Async.Store(true)
+		check(t, a.send(q, make([]byte, 50000))) // returns
+		synctest.Wait()
+		if q.Waiting != 1 || !q.Sealed {
+			t.Errorf("%d wait, sealed %v", q.Waiting, q.Sealed)
+		}
+		x.Resume()
+		a.leave()
+	})
+}
+
+func TestBudgetFollowsTheLane(t *testing.T) {
+	fill := func(t *testing.T, a *side) {
+		n := a.end.Budget()
+		b := buffer.ForPayload(n)
+		for n > 0 {
+			k := min(n, buffer.Bulk)
+			copy(b.Next(), AppendHeader(nil, 0x13, 1, k))
+			b.Commit(frameHeader + k)
+			n -= k
+		}
+		check(t, a.end.Send(new(buffer.Queue), b))
+	}
+	synctest.Test(t, func(t *testing.T) {
+		a, _, _, _ := open(t, memnet.Link{Rate: 1 << 20, Buffer: 16 << 10})
+		if n := a.end.Budget(); n != buffer.Batch {
+			t.Errorf("a new lane has a budget of %d", n)
+		}
+		for range 10 {
+			fill(t, a)
+		}
+		if n := a.end.Budget(); n != buffer.Shared {
+			t.Errorf("on a slow lane the budget is %d", n)
+		}
+		// And up again when it is fast.
+		for range 10 {
+			a.end.pace(a.end.Budget()+frameHeader, 0)
+		}
+		if n := a.end.Budget(); n != buffer.Batch {
+			t.Errorf("on a fast lane the budget is %d", n)
+		}
+		// A buffer that was not full says nothing.
+		a.end.budget.Store(buffer.Shared)
+		a.end.pace(buffer.Shared-1, 0)
+		if n := a.end.Budget(); n != buffer.Shared {
+			t.Errorf("after a short write the budget is %d", n)
+		}
+		a.leave()
+	})
+	synctest.Test(t, func(t *testing.T) {
+		a, _, x := blocked(t)
+		check(t, a.send(new(buffer.Queue), []byte("somebody else")))
+		if n := a.end.Budget(); n != buffer.Shared {
+			t.Errorf("while others wait the budget is %d", n)
+		}
+		x.Resume()
+		synctest.Wait()
+		if n := a.end.Budget(); n < buffer.Shared {
+			t.Errorf("then it is %d", n)
+		}
+		a.leave()
+	})
+}
+
+// sink is a lane that takes everything.
+type sink struct{ net.Conn }
+
+func (sink) Write(b []byte) (int, error)     { return len(b), nil }
+func (sink) Close() error                    { return nil }
+func (sink) SetDeadline(time.Time) error     { return nil }
+func (sink) SetReadDeadline(time.Time) error { return nil }
+
+func TestSendingAllocatesNothing(t *testing.T) {
+	if raceDetector {
+		t.Log("NOT RUN: with the race detector sync.Pool drops buffers at random")
+		return
+	}
+	synctest.Test(t, func(t *testing.T) {
+		a, b, _, _ := open(t, memnet.Link{})
+		a.end.sealer.lane = sink{}
+		q := new(buffer.Queue)
+		for name, n := range map[string]int{"a keystroke": 1, "a frame": 16 << 10, "a full frame": 60 << 10} {
+			send := func() {
+				buf := buffer.ForPayload(n)
+				binary.BigEndian.PutUint16(buf.Next()[5:], uint16(n))
+				buf.Commit(frameHeader + n)
+				if err := a.end.Send(q, buf); err != nil {
+					t.Fatal(err)
+				}
+			}
+			send()
+			if got := testing.AllocsPerRun(100, send); got != 0 {
+				t.Errorf("%s: %v allocations", name, got)
+			}
+		}
+		b.end.lane.Close()
+		<-a.ran
+		<-b.ran
+	})
+}
