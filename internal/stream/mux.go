@@ -47,7 +47,8 @@ const (
 	defaultWindow  = 16 << 20
 
 	// firstWindow is the credit of a new stream: enough for a query and its
-	// answer, little enough that 16,384 of them fit the node's budget.
+	// answer. That of 16,384 streams is four times the node's budget, which
+	// counts what is held and not what is granted.
 	firstWindow = 64 << 10
 	// earlyWindow may be sent before the open is answered.
 	earlyWindow = 16 << 10
@@ -77,6 +78,7 @@ type Mux struct {
 	theirs  bool             // they take no new streams
 	onAway  func()
 
+	path    path
 	pending pending // the lane reader's
 
 	refused atomic.Int64 // opens of the other end that came to nothing, not yet counted

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
@@ -16,6 +17,10 @@ const (
 	// machine's own loopback the round trip is shorter than the scheduler's
 	// turn, so it counts as at least leastRTT.
 	leastRTT = time.Millisecond
+	// pathFor is how long a measured round trip counts as the path's when later
+	// ones are longer: those contain the queue of a busy lane, and a window must
+	// not grow by what it has queued itself.
+	pathFor = 5 * time.Minute
 	// leastStep is the least credit worth a frame of its own.
 	leastStep = 16 << 10
 )
@@ -161,7 +166,7 @@ func (c *Conn) consumedLocked(n int) {
 	}
 	if c.consumed-c.mark >= uint64(c.window) {
 		now := time.Now()
-		quick := now.Sub(c.markAt) <= 2*max(c.mux.over.RTT(), leastRTT)
+		quick := now.Sub(c.markAt) <= 2*max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
 		if quick && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow() {
 			c.window = min(2*c.window, c.mux.limits.Window)
 		}
@@ -172,6 +177,22 @@ func (c *Conn) consumedLocked(n int) {
 		c.granted = grant
 		c.mux.over.Control(key(frameCredit, c.id), appendOffset(c.scratch[:0], frameCredit, c.id, grant))
 	}
+}
+
+// path keeps the shortest round trip.
+type path struct {
+	mu    sync.Mutex
+	least time.Duration
+	at    time.Time
+}
+
+func (p *path) rtt(measured time.Duration, now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at.IsZero() || measured < p.least || now.Sub(p.at) > pathFor {
+		p.least, p.at = measured, now
+	}
+	return p.least
 }
 
 // theirEnd takes the other end's end. Its total must be what has arrived: on

@@ -1,0 +1,8 @@
+package stream
+
+// Window is what the stream may have on its way to this end.
+func (c *Conn) Window() int {
+	c.recv.Lock()
+	defer c.recv.Unlock()
+	return c.window
+}

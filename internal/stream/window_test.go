@@ -1,0 +1,334 @@
+package stream_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/portal-tunnel/portal/internal/memnet"
+	"github.com/portal-tunnel/portal/internal/stream"
+)
+
+const gigabit = 125_000_000 // bytes a second
+
+// meter counts what is written to it.
+type meter struct {
+	mu sync.Mutex
+	n  int64
+}
+
+func (m *meter) Write(b []byte) (int, error) {
+	m.mu.Lock()
+	m.n += int64(len(b))
+	m.mu.Unlock()
+	return len(b), nil
+}
+
+func (m *meter) count() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.n
+}
+
+// pour writes to w until that fails.
+func pour(w io.Writer) {
+	b := make([]byte, 256<<10)
+	for {
+		if _, err := w.Write(b); err != nil {
+			return
+		}
+	}
+}
+
+// TestWindowFollowsTheLine: above 8 MiB where the line holds 12.5 MB, so that
+// one stream fills it; below 1 MiB where it holds an eighth of that.
+func TestWindowFollowsTheLine(t *testing.T) {
+	for _, c := range []struct {
+		name        string
+		latency     time.Duration // one way
+		least, most int
+		joined      bool
+	}{
+		{"100 ms", 50 * time.Millisecond, 8 << 20, 16 << 20, false},
+		{"100 ms, joined", 50 * time.Millisecond, 8 << 20, 16 << 20, true},
+		{"1 ms", 500 * time.Microsecond, 128 << 10, 1<<20 - 1, false},
+		{"1 ms, joined", 500 * time.Microsecond, 128 << 10, 1<<20 - 1, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			virtual(t, memnet.Link{Latency: c.latency, Rate: gigabit}, stream.Limits{}, func(w *world) {
+				m := new(meter)
+				var reader *stream.Conn
+				var all sync.WaitGroup
+				if c.joined {
+					f := join(w, w.x, w.incoming, inMemory)
+					reader = f.sx
+					all.Go(func() { pour(f.far) })
+					all.Go(func() { io.Copy(m, f.near) })
+					all.Go(func() { f.joined() })
+				} else {
+					s, d := w.open()
+					reader = s
+					all.Go(func() { pour(d) })
+					all.Go(func() { io.Copy(m, s) })
+				}
+				for range 10 { // to ramp up; the round trip is measured under load meanwhile
+					time.Sleep(4 * c.latency)
+					w.x.end.Ping()
+					w.y.end.Ping()
+				}
+				before, span := m.count(), max(8*c.latency, 100*time.Millisecond)
+				time.Sleep(span)
+				rate := float64(m.count()-before) / span.Seconds()
+				window := reader.Window()
+				if window < c.least || window > c.most {
+					t.Errorf("the window is %d KiB, want %d to %d", window>>10, c.least>>10, c.most>>10)
+				}
+				if rate < gigabit*8/10 {
+					t.Errorf("%.1f MB/s of %.1f", rate/1e6, gigabit/1e6)
+				}
+				t.Logf("window %d KiB, %.1f %% of the link, round trip %v", window>>10, rate/gigabit*100, w.x.end.RTT())
+				reader.Reset(stream.CodeLocal, "")
+				all.Wait()
+			})
+		})
+	}
+}
+
+// TestLineFillsQuickly: the window doubles about once a round trip.
+func TestLineFillsQuickly(t *testing.T) {
+	virtual(t, memnet.Link{Latency: 50 * time.Millisecond, Rate: gigabit}, stream.Limits{}, func(w *world) {
+		c, d := w.open()
+		start := time.Now()
+		go pour(d)
+		var got int64
+		b := make([]byte, 256<<10)
+		for got < 64<<20 {
+			n, err := c.Read(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got += int64(n)
+		}
+		// 64 KiB, 128 KiB … 16 MiB make 8 doublings; at the full rate the bytes
+		// themselves take 0.54 s. A quarter more is left for credits on their way.
+		if took := time.Since(start); took > 2500*time.Millisecond {
+			t.Errorf("64 MiB took %v", took)
+		} else {
+			t.Logf("64 MiB took %v", took)
+		}
+		c.Reset(stream.CodeLocal, "")
+	})
+}
+
+// TestUnreadStreamStallsOnlyItself: a reader that stops holds up neither the
+// other direction of its own stream nor its neighbours. Measured in virtual
+// time against the same without it.
+func TestUnreadStreamStallsOnlyItself(t *testing.T) {
+	const neighbours = 20
+	const measured = 200 * time.Millisecond
+	run := func(t *testing.T, stalled bool) (rate int64, worst time.Duration) {
+		virtual(t, memnet.Link{Latency: 5 * time.Millisecond, Rate: gigabit}, stream.Limits{}, func(w *world) {
+			var all sync.WaitGroup
+			var resets []*stream.Conn
+			own := new(meter)
+			if stalled {
+				f := join(w, w.x, w.incoming, inMemory)
+				all.Go(func() { pour(f.far) }) // a download that nobody reads
+				all.Go(func() { f.joined() })
+				time.Sleep(500 * time.Millisecond) // until its window is full
+				all.Go(func() { pour(f.near) })
+				all.Go(func() { io.Copy(own, f.far) }) // its upload
+				resets = append(resets, f.sx)
+			}
+			m := new(meter)
+			for range neighbours {
+				c, d := w.open()
+				resets = append(resets, c)
+				all.Go(func() { pour(d) })
+				all.Go(func() { io.Copy(m, c) })
+			}
+			c, d := w.open()
+			all.Go(func() { io.Copy(d, d) })
+			time.Sleep(300 * time.Millisecond)
+			before, ownBefore := m.count(), own.count()
+			var took []time.Duration
+			b := make([]byte, 16)
+			for start := time.Now(); time.Since(start) < measured; {
+				at := time.Now()
+				c.Write(b)
+				io.ReadFull(c, b)
+				took = append(took, time.Since(at))
+			}
+			rate = m.count() - before
+			slices.Sort(took)
+			worst = took[len(took)*99/100]
+			if n := float64(own.count()-ownBefore) / measured.Seconds(); stalled && n < gigabit*8/10 {
+				t.Errorf("the upload of the unread stream goes at %.1f MB/s", n/1e6)
+			}
+			for _, r := range append(resets, c) {
+				r.Reset(stream.CodeLocal, "")
+			}
+			all.Wait()
+		})
+		return rate, worst
+	}
+	rate, worst := run(t, false)
+	stalledRate, stalledWorst := run(t, true)
+	t.Logf("%.1f MB/s, p99 %v; beside a stalled stream %.1f MB/s, p99 %v", float64(rate)/1e6, worst, float64(stalledRate)/1e6, stalledWorst)
+	if stalledRate*10 < rate*9 {
+		t.Errorf("neighbours get %.1f MB/s beside a stalled stream, %.1f without", float64(stalledRate)/1e6, float64(rate)/1e6)
+	}
+	if stalledWorst > 2*worst {
+		t.Errorf("neighbours wait %v beside a stalled stream, %v without", stalledWorst, worst)
+	}
+}
+
+// TestBudgetOfTheNode: above half of it no window grows, above it nothing is
+// opened, at twice it the stream that holds most is reset.
+func TestBudgetOfTheNode(t *testing.T) {
+	const limit = 1 << 20
+	small := func() stream.Limits { return stream.Limits{Budget: &stream.Budget{Limit: limit}} }
+	// ballast makes one unread stream that holds n bytes at y.
+	ballast := func(w *world, n int) (c, d *stream.Conn) {
+		c, d = w.open()
+		grow(w, c, d, n)
+		if _, err := c.Write(make([]byte, n)); err != nil {
+			w.Fatal(err)
+		}
+		synctest.Wait()
+		return c, d
+	}
+
+	t.Run("above half no window grows", func(t *testing.T) {
+		virtual(t, memnet.Link{}, small(), func(w *world) {
+			_, held := ballast(w, 3*limit/4)
+			c, d := w.open()
+			go pour(c)
+			for range 100 {
+				d.Read(make([]byte, 64<<10))
+				synctest.Wait()
+			}
+			if n := d.Window(); n != 64<<10 {
+				t.Errorf("the window has grown to %d KiB", n>>10)
+			}
+			held.Reset(stream.CodeLocal, "")
+			for range 100 {
+				d.Read(make([]byte, 64<<10))
+				synctest.Wait()
+			}
+			if n := d.Window(); n <= 64<<10 {
+				t.Error("the window does not grow again")
+			}
+			d.Reset(stream.CodeLocal, "")
+		})
+	})
+	t.Run("above it opens are refused", func(t *testing.T) {
+		virtual(t, memnet.Link{}, small(), func(w *world) {
+			c, d := ballast(w, limit+64<<10)
+			s, err := w.x.mux.Open(stream.Header{Kind: stream.Bytes})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var refusal *stream.RefusedError
+			if err := s.Wait(context.Background()); !errors.As(err, &refusal) || refusal.Code != stream.CodeBusy {
+				t.Errorf("the answer is %v", err)
+			}
+			go c.CloseWrite()
+			io.Copy(io.Discard, d) // the old one goes on
+			s, e := w.open()
+			if err := s.Wait(context.Background()); err != nil {
+				t.Error(err)
+			}
+			d.Close()
+			s.Close()
+			e.Close()
+		})
+	})
+	t.Run("at twice it the stream that holds most is reset", func(t *testing.T) {
+		virtual(t, memnet.Link{}, small(), func(w *world) {
+			c, d := w.open()
+			grow(w, c, d, limit/2)
+			e, g := w.open()
+			grow(w, e, g, 3*limit)
+			go pour(c)
+			synctest.Wait()
+			go pour(e)
+			synctest.Wait()
+			if n := w.y.budget.Held(); n > 2*limit {
+				t.Errorf("%d KiB are held", n>>10)
+			}
+			var reset *stream.ResetError
+			if _, err := g.Read(make([]byte, 1)); !errors.As(err, &reset) || reset.Code != stream.CodeBusy {
+				t.Errorf("the one that holds most reads %v", err)
+			}
+			if _, err := e.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("its writer gets %v", err)
+			}
+			if _, err := d.Read(make([]byte, 1)); err != nil {
+				t.Errorf("the other reads %v", err)
+			}
+			d.Reset(stream.CodeLocal, "")
+		})
+	})
+	t.Run("also when both its ends are in", func(t *testing.T) {
+		virtual(t, memnet.Link{}, small(), func(w *world) {
+			e, g := w.open()
+			grow(w, e, g, 3*limit)
+			c, d := ballast(w, limit)
+			c.CloseWrite()
+			d.CloseWrite()
+			go pour(e)
+			synctest.Wait()
+			if n := w.y.budget.Held(); n > 2*limit {
+				t.Errorf("%d KiB are held", n>>10)
+			}
+			d.Reset(stream.CodeLocal, "")
+			g.Reset(stream.CodeLocal, "")
+		})
+	})
+	t.Run("across channels, also ended ones", func(t *testing.T) {
+		l := small()
+		virtual(t, memnet.Link{}, l, func(w *world) {
+			c, d := ballast(w, limit+limit/2)
+			c.CloseWrite()
+			d.CloseWrite()
+			synctest.Wait()
+			w.a.Cut()
+			synctest.Wait()
+			if n := l.Budget.Held(); n != limit+limit/2 {
+				t.Fatalf("%d KiB are held", n>>10)
+			}
+			a, b := memnet.Pipe(memnet.Link{})
+			x, y, incoming := pair(t, a, b, stream.Limits{Budget: l.Budget})
+			s, err := x.mux.Open(stream.Header{Kind: stream.Bytes})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Wait(context.Background()); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("the answer is %v", err)
+			}
+			_ = incoming
+			d.Reset(stream.CodeLocal, "")
+			stop(t, x, y)
+		})
+	})
+}
+
+// grow makes the window of d larger than n, holding little.
+func grow(w *world, c, d *stream.Conn, n int) {
+	w.Helper()
+	b := make([]byte, 16<<10)
+	for d.Window() < n {
+		c.Write(b)
+		if _, err := io.ReadFull(d, b); err != nil {
+			w.Fatal(err)
+		}
+	}
+	synctest.Wait() // for the credit
+}
