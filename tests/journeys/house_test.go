@@ -1,0 +1,125 @@
+// Package journeys_test walks whole ways with real processes: an authority, an
+// outlet and inlets, as a person would start them.
+package journeys_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/portal-tunnel/portal/tests/process"
+)
+
+var portal *process.Portal
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "portal-journeys-")
+	if err == nil {
+		portal, err = process.BuildPortal(context.Background(), dir)
+	}
+	code := 1
+	if err == nil {
+		code = m.Run()
+	} else {
+		fmt.Fprintln(os.Stderr, "journeys:", err)
+	}
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// long says whether the long forms run, as `make long` does.
+func long() bool { return os.Getenv("PORTAL_LONG") != "" }
+
+// house is a set of homes with one authority.
+type house struct {
+	t         testing.TB
+	ctx       context.Context
+	dir       string
+	authority string // its address
+}
+
+func newHouse(t testing.TB, flags ...string) *house {
+	t.Helper()
+	limit := 4 * time.Minute
+	if long() {
+		limit = time.Hour
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	t.Cleanup(cancel)
+	h := &house{t: t, ctx: ctx, dir: t.TempDir()}
+	p := h.start("authority", append([]string{"authority", "--listen", "127.0.0.1:0"}, flags...)...)
+	h.authority = h.line(p, `authority ready on (\S+) `)
+	return h
+}
+
+func (h *house) home(host string) string {
+	dir := filepath.Join(h.dir, host)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		h.t.Fatal(err)
+	}
+	return dir
+}
+
+// start starts a long-running command of a host and stops it at the test's end.
+func (h *house) start(host string, args ...string) *process.Process {
+	h.t.Helper()
+	p, err := portal.Start(h.home(host), args...)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { p.Stop(5 * time.Second) })
+	return p
+}
+
+func (h *house) run(host string, args ...string) string {
+	h.t.Helper()
+	out, err := portal.Run(h.ctx, h.home(host), args...)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return out
+}
+
+// line waits for a line and gives its first submatch.
+func (h *house) line(p *process.Process, pattern string) string {
+	h.t.Helper()
+	m, err := p.Line(h.ctx, regexp.MustCompile(pattern))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if len(m) > 1 {
+		return m[1]
+	}
+	return m[0]
+}
+
+// enroll makes a host a member with what the flags grant.
+func (h *house) enroll(host string, grants ...string) {
+	h.t.Helper()
+	ticket := h.run("authority", append([]string{"ticket", "create", "--name", host}, grants...)...)
+	file := filepath.Join(h.dir, host+".ticket")
+	if err := os.WriteFile(file, []byte(ticket), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	h.run(host, "enroll", file)
+}
+
+// outlet starts an outlet for members whose role is agent, and gives its address.
+func (h *house) outlet(listen, to string, flags ...string) (*process.Process, string) {
+	h.t.Helper()
+	args := []string{"outlet", "db", "--to", to, "--listen", listen, "--allow", `principal.role == "agent"`}
+	p := h.start("db1", append(args, flags...)...)
+	return p, h.line(p, `outlet db ready on ([^; ]+)`)
+}
+
+// inlet starts an inlet and gives its address once it listens.
+func (h *house) inlet(host, from, direct string, flags ...string) (*process.Process, string) {
+	h.t.Helper()
+	args := []string{"inlet", "db", "--from", from, "--direct", direct}
+	p := h.start(host, append(args, flags...)...)
+	return p, h.line(p, `inlet db listening on (\S+)`)
+}
