@@ -12,6 +12,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/buffer"
@@ -758,6 +759,28 @@ func TestChannelOverTCPLeavesNoGoroutine(t *testing.T) {
 	}
 	stacks := make([]byte, 1<<16)
 	t.Errorf("%d goroutines, before there were %d:\n%s", runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+}
+
+func TestNothingHoldsAChannelThatHasEnded(t *testing.T) {
+	a, b, _, _ := open(t, memnet.Link{})
+	check(t, a.end.Close())
+	<-a.ran
+	<-b.ran
+	left := []weak.Pointer[End]{weak.Make(a.end), weak.Make(b.end)}
+	a.end, b.end = nil, nil
+	for range 100 { // their actors end on goroutines of their own
+		runtime.GC()
+		if left[0].Value() == nil && left[1].Value() == nil {
+			break
+		}
+	}
+	for _, e := range left {
+		if e.Value() != nil {
+			t.Error("an end is still there")
+		}
+	}
+	runtime.KeepAlive(a) // with its identity, its node and its Config
+	runtime.KeepAlive(b)
 }
 
 func TestEndSaysWhatItIs(t *testing.T) {

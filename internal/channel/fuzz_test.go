@@ -194,6 +194,7 @@ func FuzzLaneReader(f *testing.F) {
 	rec := func(n int) []byte { return append(binary.BigEndian.AppendUint16(nil, uint16(n)), make([]byte, n)...) }
 	f.Add(rec(17), []byte{})
 	f.Add(slices.Concat(rec(300), rec(65535), rec(20)), []byte{1, 0, 200})
+	f.Add(slices.Concat(rec(65535), rec(65535), rec(65535), rec(65535), rec(65535), rec(65535), rec(65535)), []byte{255, 255, 155})
 	f.Add(slices.Concat(rec(17), rec(16)), []byte{1})
 	f.Add(append(rec(100), 0xff, 0xff, 1, 2, 3), []byte{0})
 	f.Fuzz(func(t *testing.T, lane, sizes []byte) {

@@ -241,17 +241,17 @@ type weakDH struct {
 	point []byte // of ephemeral keys; nil: honest ones
 }
 
-var weak = bytes.Repeat([]byte{0xee}, 32)
+var weakPrivate = bytes.Repeat([]byte{0xee}, 32)
 
 func (d weakDH) GenerateKeypair(r io.Reader) (noise.DHKey, error) {
 	if d.point == nil {
 		return d.DHFunc.GenerateKeypair(r)
 	}
-	return noise.DHKey{Private: weak, Public: d.point}, nil
+	return noise.DHKey{Private: weakPrivate, Public: d.point}, nil
 }
 
 func (d weakDH) DH(private, public []byte) ([]byte, error) {
-	if bytes.Equal(private, weak) {
+	if bytes.Equal(private, weakPrivate) {
 		return make([]byte, 32), nil
 	}
 	return d.DHFunc.DH(private, public)
@@ -281,7 +281,7 @@ func TestPointsOfLowOrderAreRefused(t *testing.T) {
 				check(t, err)
 				return keypair(k)
 			}
-			weakKey := noise.DHKey{Private: weak, Public: point}
+			weakKey := noise.DHKey{Private: weakPrivate, Public: point}
 
 			// Ephemeral of the initiator: no message 2 comes.
 			i, r := s.ends(t)

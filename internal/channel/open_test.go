@@ -14,12 +14,12 @@ import (
 	"github.com/portal-tunnel/portal/internal/buffer"
 )
 
-// chunked is a lane that gives its bytes in pieces of the given sizes, over and
-// over, and then an error. Nothing else of a lane is there.
+// chunked is a lane that gives its bytes in pieces, over and over of the given
+// sizes, and then an error. Nothing else of a lane is there.
 type chunked struct {
 	net.Conn
 	bytes []byte
-	sizes []byte // 0: 256
+	sizes []byte // up to 127 in bytes, from 128 on in steps of 2 KiB: to 256 KiB
 	err   error
 	at    int
 	last  bool // the error comes with the last bytes
@@ -31,8 +31,8 @@ func (c *chunked) Read(b []byte) (int, error) {
 	}
 	size := 1 << 20
 	if len(c.sizes) > 0 {
-		if size = int(c.sizes[c.at%len(c.sizes)]); size == 0 {
-			size = 256
+		if size = 1 + int(c.sizes[c.at%len(c.sizes)]); size > 128 {
+			size = (size - 128) << 11
 		}
 		c.at++
 	}
@@ -95,7 +95,9 @@ func TestLaneReaderGivesEveryRecordWhateverTheReads(t *testing.T) {
 	}
 	want, _ := split(lane)
 	for name, pieces := range map[string][]byte{
-		"all at once": nil, "256": {0}, "mixed": {1, 255, 3, 0, 0, 0, 17}, "7": {7},
+		"all at once": nil, "one byte": {0}, "100 bytes": {99}, "mixed": {1, 127, 3, 140, 0, 17},
+		// A full read, then little: the rest of a record is longer than a small buffer.
+		"busy, then not": {255, 255, 255, 155, 255, 255, 143, 1}, "2 KiB": {128}, "64 KiB": {159},
 	} {
 		for _, last := range []bool{false, true} {
 			c := &chunked{bytes: slices.Clone(lane), sizes: pieces, err: io.EOF, last: last}
@@ -131,7 +133,7 @@ func TestLaneReaderGrowsWithTheLane(t *testing.T) {
 		t.Errorf("at most %d bytes a read", most)
 	}
 	l.release()
-	l = newLaneReader(&chunked{bytes: make([]byte, 1<<20), sizes: []byte{100}, err: io.EOF})
+	l = newLaneReader(&chunked{bytes: make([]byte, 1<<20), sizes: []byte{99}, err: io.EOF})
 	for l.fill() == nil {
 		if n := len(l.buf.Raw()); n > 2*buffer.Shared {
 			t.Fatalf("a buffer of %d bytes for reads of 100", n)
