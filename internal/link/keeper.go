@@ -1,10 +1,12 @@
 package link
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -24,6 +26,9 @@ const (
 	youngWait   = 500 * time.Millisecond
 	longestWait = 30 * time.Second
 	young       = time.Minute
+	// A channel that ended sooner is as good as a dial that failed: whoever takes
+	// us in only to hang up is not dialled in a loop.
+	steady = 10 * time.Second
 
 	dialTime    = 10 * time.Second // one path's connection
 	checkTime   = 10 * time.Second
@@ -85,12 +90,13 @@ type Keeper struct {
 	state   State
 	changed chan struct{} // closed and replaced with each change
 	kick    chan struct{}
-	took    map[int]time.Duration // measured connect time by path
-	old     sync.WaitGroup        // retired channels whose streams finish
+	took    []time.Duration // measured connect time by path; the loop's
+	retired map[*Live]struct{}
+	old     sync.WaitGroup // the retired channels, whose streams finish
 }
 
-// Run dials, and dials again, until ctx ends; then it closes what is left and
-// waits for it. It returns nil.
+// Run dials, and dials again, until ctx ends; then it closes what is left, which
+// resets the streams, and waits for it. It returns nil.
 func (k *Keeper) Run(ctx context.Context) error {
 	if k.Logger == nil {
 		k.Logger = slog.New(slog.DiscardHandler)
@@ -99,51 +105,55 @@ func (k *Keeper) Run(ctx context.Context) error {
 	if k.kick == nil {
 		k.kick = make(chan struct{}, 1)
 	}
-	k.took = make(map[int]time.Duration)
+	k.retired = make(map[*Live]struct{})
 	k.mu.Unlock()
+	k.took = make([]time.Duration, len(k.Paths))
 	stop := k.Config.Self.OnChange(k.Kick)
 	defer stop()
 
-	wait, since := firstWait, time.Now()
+	wait, since := firstWait, time.Now() // since: when there was last a channel
+	brief := firstWait                   // the wait behind the next channel that ends too soon
 	for ctx.Err() == nil {
 		l, err := k.connect(ctx)
-		if err != nil {
-			if ctx.Err() != nil {
-				break
+		kind := Waiting
+		if err == nil {
+			begin := time.Now()
+			err = k.hold(ctx, l)
+			k.finish(ctx, l)
+			since = time.Now()
+			if since.Sub(begin) >= steady {
+				wait, brief = firstWait, firstWait
+				if ctx.Err() == nil {
+					k.set(nil, State{Kind: Waiting, Reason: err.Error(), Err: err})
+				}
+				continue
 			}
-			if time.Since(since) > 10*young { // the clock of an outage long over
-				since = time.Now()
-			}
-			pause := jitter(wait)
-			kind := Waiting
-			if refusal(err) {
-				kind, pause = Refused, jitter(refusedWait)
-			}
-			k.set(nil, State{Kind: kind, Reason: err.Error(), Err: err, Next: pause})
-			k.pause(ctx, pause)
-			limit := longestWait
-			if time.Since(since) < young {
-				limit = youngWait
-			}
-			wait = min(2*wait, limit)
-			continue
+			wait, brief = brief, min(2*brief, longestWait)
+		} else if allRefused(err) {
+			kind = Refused
 		}
-		k.hold(ctx, l)
-		wait, since = firstWait, time.Now()
+		if ctx.Err() != nil {
+			break
+		}
+		pause := jitter(wait)
+		if kind == Refused {
+			pause = jitter(refusedWait)
+		}
+		k.set(nil, State{Kind: kind, Reason: err.Error(), Err: err, Next: pause})
+		k.pause(ctx, pause)
+		limit := longestWait
+		if time.Since(since) < young {
+			limit = youngWait
+		}
+		wait = min(2*wait, limit)
 	}
-	k.mu.Lock()
-	l := k.live
-	k.mu.Unlock()
 	k.set(nil, State{Kind: Draining})
-	if l != nil {
-		l.Close(nil)
-	}
 	k.old.Wait()
 	return nil
 }
 
-// hold keeps l until it ends, is to be replaced, or ctx ends.
-func (k *Keeper) hold(ctx context.Context, l *Live) {
+// hold keeps l until it ends, is to be replaced, or ctx ends, and says which.
+func (k *Keeper) hold(ctx context.Context, l *Live) error {
 	away := make(chan struct{}, 1)
 	l.Mux.OnAway(func() {
 		select {
@@ -154,50 +164,58 @@ func (k *Keeper) hold(ctx context.Context, l *Live) {
 	aged := time.NewTicker(time.Minute)
 	defer aged.Stop()
 	for {
-		next := k.check(ctx, l)
 		var again <-chan time.Time
-		var timer *time.Timer
-		if next > 0 {
-			timer = time.NewTimer(next)
-			again = timer.C
+		if next := k.check(ctx, l); next > 0 {
+			again = time.After(next)
 		}
-		retire := false
-		select {
-		case <-ctx.Done():
-			return
-		case <-l.Done():
-			k.set(nil, State{Kind: Waiting, Reason: l.Err().Error(), Err: l.Err()})
-			return
-		case <-away:
-			retire = true
-		case <-aged.C:
-			retire = l.End.Aged()
-		case <-k.kick:
-		case <-again:
-		}
-		if timer != nil {
-			timer.Stop()
-		}
-		if retire {
-			k.retire(ctx, l)
-			return
+	wait:
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-l.Done():
+				return l.Err()
+			case <-away:
+				return stream.ErrAway
+			case <-aged.C:
+				if l.End.Aged() {
+					return errAged
+				}
+			case <-k.kick:
+				break wait
+			case <-again:
+				break wait
+			}
 		}
 	}
 }
 
-// retire lets the streams of l finish while its successor is dialled.
-func (k *Keeper) retire(ctx context.Context, l *Live) {
-	k.set(nil, State{Kind: Waiting, Reason: "the other end is going away", Err: stream.ErrAway})
+var errAged = errors.New("the channel's keys are used up, a successor is dialled")
+
+// finish lets the streams of a channel that is no longer live come to their
+// end, with ctx at the latest, and closes it.
+func (k *Keeper) finish(ctx context.Context, l *Live) {
+	k.mu.Lock()
+	if k.live == l {
+		k.live = nil
+	}
+	k.retired[l] = struct{}{}
+	k.mu.Unlock()
+	l.Mux.Away() // whoever got it before opens no stream behind our back
 	k.old.Go(func() {
 		idle := make(chan struct{})
 		go func() { l.Mux.WaitIdle(); close(idle) }()
 		select {
 		case <-idle:
-		case <-l.Done():
 		case <-ctx.Done():
 		}
 		l.Close(nil)
-		<-idle // the channel's end resets every stream that is left
+		// What was over on the wire may not have been delivered yet.
+		l.Mux.ResetAll(stream.CodeAway, "")
+		<-idle
+		k.mu.Lock()
+		delete(k.retired, l)
+		k.mu.Unlock()
 	})
 }
 
@@ -225,6 +243,44 @@ func (k *Keeper) check(ctx context.Context, l *Live) time.Duration {
 	return 0
 }
 
+// pathError is why a path did not lead to a channel. Those of several paths are
+// one chain.
+type pathError struct {
+	path string
+	err  error
+	next *pathError
+}
+
+func (e *pathError) Error() string {
+	s := e.path + ": " + e.err.Error()
+	if e.next != nil {
+		s += "; " + e.next.Error()
+	}
+	return s
+}
+
+func (e *pathError) Unwrap() []error {
+	if e.next == nil {
+		return []error{e.err}
+	}
+	return []error{e.err, e.next}
+}
+
+// allRefused reports whether we are refused by every path: one that is only
+// down may come back at any time.
+func allRefused(err error) bool {
+	e, _ := err.(*pathError)
+	for ; e != nil; e = e.next {
+		if !refusal(e.err) {
+			return false
+		}
+		if e.next == nil {
+			return true
+		}
+	}
+	return false
+}
+
 func refusal(err error) bool {
 	var here *channel.Refused
 	var there *channel.Closed
@@ -234,34 +290,49 @@ func refusal(err error) bool {
 		errors.As(err, &refused) && refused.Code == stream.CodeRefused
 }
 
-// connect tries each path once, the fastest measured first.
+// connect tries each path once: those not yet measured, then the fastest first,
+// at last those that failed.
 func (k *Keeper) connect(ctx context.Context) (*Live, error) {
 	if k.Fresh != nil {
 		if err := k.Fresh(ctx); err != nil {
 			k.Logger.Warn("the credential could not be renewed before dialling", "err", err)
 		}
 	}
+	// What happened until now, the renewal too, is answered by this dial.
+	select {
+	case <-k.kick:
+	default:
+	}
+	if len(k.Paths) == 0 {
+		return nil, errors.New("no way to the other end is configured")
+	}
 	order := make([]int, len(k.Paths))
 	for i := range order {
 		order[i] = i
 	}
-	slices.SortStableFunc(order, func(a, b int) int { return int(k.took[a] - k.took[b]) })
-	err := errors.New("no way to the other end is configured")
+	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(k.took[a], k.took[b]) })
+	var first, last *pathError
 	for _, i := range order {
 		p := k.Paths[i]
 		begin := time.Now()
-		var l *Live
-		if l, err = k.dial(ctx, p); err == nil {
-			k.took[i] = time.Since(begin)
+		l, err := k.dial(ctx, p)
+		if err == nil {
+			k.took[i] = max(time.Since(begin), 1)
 			return l, nil
 		}
-		k.took[i] = time.Hour // behind every path that answered
+		k.took[i] = math.MaxInt64 // behind every path that answered
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		err = fmt.Errorf("%s: %w", p.Name, err)
+		failed := &pathError{path: p.Name, err: err}
+		if first == nil {
+			first = failed
+		} else {
+			last.next = failed
+		}
+		last = failed
 	}
-	return nil, err
+	return nil, first
 }
 
 func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
@@ -276,7 +347,7 @@ func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
 	if err != nil {
 		return nil, err
 	}
-	return start(e, &c, true, p.Name, k.Limits, k.Accept), nil
+	return start(e, &c, true, p.Name, k.Limits, k.Accept, nil), nil
 }
 
 // Kick makes a waiting Keeper try at once.
@@ -362,6 +433,20 @@ func (k *Keeper) Live() *Live {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.live
+}
+
+// All are the live channel and those whose streams finish.
+func (k *Keeper) All() []*Live {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	all := make([]*Live, 0, 1+len(k.retired))
+	if k.live != nil {
+		all = append(all, k.live)
+	}
+	for l := range k.retired {
+		all = append(all, l)
+	}
+	return all
 }
 
 // Wait returns when old is no longer the live channel.

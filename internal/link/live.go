@@ -26,14 +26,18 @@ type Live struct {
 	err  error
 }
 
-// start makes a Live of an end and reads its lane until the channel ends.
-func start(e *channel.End, c *channel.Config, initiator bool, path string, limits stream.Limits, accept func(*Live, *stream.Incoming)) *Live {
+// start makes a Live of an end, shows it to first, if not nil, and then reads its
+// lane until the channel ends.
+func start(e *channel.End, c *channel.Config, initiator bool, path string, limits stream.Limits, accept func(*Live, *stream.Incoming), first func(*Live)) *Live {
 	l := &Live{End: e, Path: path, done: make(chan struct{})}
 	var incoming func(*stream.Incoming)
 	if accept != nil {
 		incoming = func(in *stream.Incoming) { accept(l, in) }
 	}
 	l.Mux = stream.NewMux(c.Node, e, initiator, limits, incoming)
+	if first != nil {
+		first(l)
+	}
 	go func() {
 		l.err = e.Run(l.Mux)
 		l.Mux.Fail(l.err)
@@ -48,7 +52,7 @@ func Dial(ctx context.Context, lane net.Conn, c *channel.Config, accept func(*Li
 	if err != nil {
 		return nil, err
 	}
-	return start(e, c, true, "", stream.Limits{}, accept), nil
+	return start(e, c, true, "", stream.Limits{}, accept, nil), nil
 }
 
 // Peer is who is at the other end, live.

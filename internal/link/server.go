@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -37,8 +38,8 @@ type Service struct {
 	Config channel.Config
 	// Accept takes each stream that a peer opens. It must not wait.
 	Accept func(*Live, *stream.Incoming)
-	// Opened is told each confirmed channel before its first stream; it must not
-	// wait. Nil does nothing.
+	// Opened is told each confirmed channel before its first stream; it must
+	// neither wait nor close it. Nil does nothing.
 	Opened func(*Live)
 }
 
@@ -51,40 +52,50 @@ type Server struct {
 	mu    sync.Mutex
 	half  map[net.Conn]string // lanes that have not proved themselves, by source
 	lives map[*Live]struct{}
+	lns   map[net.Listener]struct{}
 	away  bool
-	all   sync.WaitGroup
 }
 
-// Serve accepts lanes from ln until ctx ends, then closes every channel in good
-// order and returns when all of them are gone. It owns ln. Several listeners
-// may be served at once.
+// Serve accepts lanes from ln until ctx ends, then closes every channel of them
+// in good order and returns when all of them are gone. It owns ln. Several
+// listeners may be served at once.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	log := s.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s.mu.Lock()
-	if s.half == nil {
-		s.half, s.lives = make(map[net.Conn]string), make(map[*Live]struct{})
+	if !s.listen(ln) {
+		ln.Close()
 	}
-	s.mu.Unlock()
+	defer s.unlisten(ln)
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
-	var failed error
+	lanes, end := context.WithCancel(ctx)
+	var all sync.WaitGroup
+	defer func() {
+		end()
+		all.Wait()
+	}()
 	for pause := time.Duration(0); ; {
 		c, err := ln.Accept()
 		if err == nil {
 			pause = 0
-			s.all.Go(func() { s.lane(ctx, c, log) })
+			s.enter(c)
+			all.Go(func() { s.lane(lanes, c, log) })
 			continue
 		}
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			break
+		if ctx.Err() != nil {
+			return nil
+		}
+		if errors.Is(err, net.ErrClosed) {
+			if s.draining() { // what was accepted goes on
+				<-ctx.Done()
+			}
+			return nil
 		}
 		var temporary interface{ Temporary() bool }
 		if !errors.As(err, &temporary) || !temporary.Temporary() {
-			failed = fmt.Errorf("accepting lanes on %v: %w", ln.Addr(), err)
-			break
+			return fmt.Errorf("accepting lanes on %v: %w", ln.Addr(), err)
 		}
 		// Out of descriptors: wait for some to come back.
 		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
@@ -96,47 +107,63 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			t.Stop()
 		}
 	}
-	ln.Close()
-	s.close()
-	s.all.Wait()
-	return failed
 }
 
-// close ends what is half open and closes every channel.
-func (s *Server) close() {
+// listen notes ln for Drain; false when this end is going away already.
+func (s *Server) listen(ln net.Listener) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for c := range s.half {
-		c.Close()
+	if s.half == nil {
+		s.half, s.lives = make(map[net.Conn]string), make(map[*Live]struct{})
+		s.lns = make(map[net.Listener]struct{})
 	}
-	for l := range s.lives {
-		s.all.Go(func() { l.Close(nil) })
-	}
+	s.lns[ln] = struct{}{}
+	return !s.away
 }
 
-// lane takes one accepted connection to a confirmed channel and serves it.
+func (s *Server) unlisten(ln net.Listener) {
+	ln.Close()
+	s.mu.Lock()
+	delete(s.lns, ln)
+	s.mu.Unlock()
+}
+
+func (s *Server) draining() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.away
+}
+
+// lane takes one accepted connection to a confirmed channel and serves it until
+// that ends, or ends it with ctx.
 func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
-	s.enter(c)
 	limited, cancel := context.WithTimeout(ctx, proveTime)
 	l, err := s.prove(limited, c)
 	cancel()
-	s.leave(c)
 	if err != nil {
+		s.leave(c)
 		// A stranger's failure is worth a line for whoever looks for it only.
 		log.Debug("a lane did not become a channel", "from", c.RemoteAddr(), "err", err)
 		return
 	}
-	<-l.Done()
+	select {
+	case <-l.Done():
+	case <-ctx.Done():
+		l.Close(nil)
+	}
 	s.mu.Lock()
 	delete(s.lives, l)
 	s.mu.Unlock()
 	log.Debug("a channel ended", "peer", l.Peer().ID(), "from", c.RemoteAddr(), "err", l.Err())
 }
 
+// prove lets a stranger show who it is, for as long as ctx.
 func (s *Server) prove(ctx context.Context, c net.Conn) (*Live, error) {
 	deadline, _ := ctx.Deadline()
 	c.SetDeadline(deadline)
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	p, err := channel.ReadPreface(c)
+	stop()
 	if err != nil {
 		c.Close()
 		return nil, err
@@ -156,46 +183,44 @@ func (s *Server) prove(ctx context.Context, c net.Conn) (*Live, error) {
 	if a := c.RemoteAddr(); a != nil {
 		from = a.String()
 	}
-	s.mu.Lock()
-	full := len(s.lives) >= s.channels()
-	if full {
-		s.mu.Unlock()
-		e.Abort(channel.CloseAbuse, errors.New("too many channels"))
-		return nil, errors.New("too many channels")
-	}
-	l := start(e, &config, false, from, s.Limits.Stream, service.Accept)
-	s.lives[l] = struct{}{}
-	away := s.away
-	s.mu.Unlock()
-	if service.Opened != nil {
-		service.Opened(l)
-	}
-	if away {
-		l.Mux.Away()
-	}
-	if ctx.Err() != nil { // closing down since
-		s.all.Go(func() { l.Close(nil) })
-	}
+	full := errors.New("too many channels")
+	l := start(e, &config, false, from, s.Limits.Stream, service.Accept, func(l *Live) {
+		if !s.confirmed(c, l) {
+			e.Abort(channel.CloseAbuse, full)
+			return
+		}
+		if service.Opened != nil {
+			service.Opened(l)
+		}
+		// Asked once l can be found: a Drain before tells it here, one after there.
+		if s.draining() {
+			l.Mux.Away()
+		}
+	})
 	return l, nil
 }
 
-func (s *Server) channels() int {
-	if s.Limits.Channels > 0 {
-		return s.Limits.Channels
+// confirmed moves a lane from those that are half open to the channels, in one
+// step: a confirmed one is never evicted. It reports whether there was room.
+func (s *Server) confirmed(c net.Conn, l *Live) bool {
+	limit := s.Limits.Channels
+	if limit <= 0 {
+		limit = defaultChannels
 	}
-	return defaultChannels
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.half, c)
+	if len(s.lives) >= limit {
+		return false
+	}
+	s.lives[l] = struct{}{}
+	return true
 }
 
 // enter counts c as half open. At the cap one lane of the source that has most
 // of them goes, chosen by chance; never the newcomer, who may be honest.
 func (s *Server) enter(c net.Conn) {
-	source := ""
-	if a := c.RemoteAddr(); a != nil {
-		source = a.String()
-		if host, _, err := net.SplitHostPort(source); err == nil {
-			source = host
-		}
-	}
+	from := source(c.RemoteAddr())
 	limit := s.Limits.HalfOpen
 	if limit <= 0 {
 		limit = defaultHalfOpen
@@ -223,7 +248,24 @@ func (s *Server) enter(c net.Conn) {
 			i--
 		}
 	}
-	s.half[c] = source
+	s.half[c] = from
+}
+
+// source is whom a lane is counted for: an address, of IPv6 its /64, which one
+// host has the whole of.
+func source(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	if ip, err := netip.ParseAddr(host); err == nil && ip.Is6() && !ip.Is4In6() {
+		prefix, _ := ip.WithZone("").Prefix(64)
+		return prefix.String()
+	}
+	return host
 }
 
 func (s *Server) leave(c net.Conn) {
@@ -232,11 +274,14 @@ func (s *Server) leave(c net.Conn) {
 	s.mu.Unlock()
 }
 
-// Drain tells every channel, also those to come, that this end takes no new
-// streams.
+// Drain closes the listeners and tells every channel, also those on their way,
+// that this end takes no new streams. Open ones go on until Serve's context ends.
 func (s *Server) Drain() {
 	s.mu.Lock()
 	s.away = true
+	for ln := range s.lns {
+		ln.Close()
+	}
 	s.mu.Unlock()
 	for _, l := range s.Lives() {
 		l.Mux.Away()
