@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -38,23 +39,23 @@ func TestQueueHoldsTwoBuffersAndTheThirdSenderWaits(t *testing.T) {
 		for range maxQueued {
 			check(t, a.send(q, []byte("queued"))) // behind the write, at once
 		}
-		sent := 0
+		var sent atomic.Int32
 		for range 3 {
 			go func() {
 				check(t, a.send(q, []byte("waited")))
-				sent++
+				sent.Add(1)
 			}()
 			synctest.Wait()
 		}
-		if sent != 0 || q.Waiting != maxQueued {
-			t.Errorf("%d more were taken, %d wait", sent, q.Waiting)
+		if sent.Load() != 0 || q.Waiting != maxQueued {
+			t.Errorf("%d more were taken, %d wait", sent.Load(), q.Waiting)
 		}
 		// Another stream has its own two.
 		check(t, a.send(new(buffer.Queue), []byte("other")))
 		x.Resume()
 		synctest.Wait()
-		if sent != 3 || q.Waiting != 0 || len(b.got.all()) != 1+maxQueued+1+3 {
-			t.Errorf("afterwards: %d sent, %d wait, %d arrived", sent, q.Waiting, len(b.got.all()))
+		if sent.Load() != 3 || q.Waiting != 0 || len(b.got.all()) != 1+maxQueued+1+3 {
+			t.Errorf("afterwards: %d sent, %d wait, %d arrived", sent.Load(), q.Waiting, len(b.got.all()))
 		}
 		a.leave()
 	})
