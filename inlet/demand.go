@@ -7,6 +7,7 @@ import (
 
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/stream"
 )
 
 // look is how often a channel's credentials are compared with the wall clock.
@@ -21,6 +22,7 @@ type demand struct {
 
 	mu   sync.Mutex
 	live *link.Live
+	all  sync.WaitGroup // one goroutine for each channel
 }
 
 // hold watches l until it ends. Asking again for the same one changes nothing.
@@ -33,13 +35,14 @@ func (d *demand) hold(l *link.Live) {
 		return
 	}
 	changed := make(chan struct{}, 1)
+	changed <- struct{}{} // between the first judgement and now
 	stop := l.Peer().OnChange(func() {
 		select {
 		case changed <- struct{}{}:
 		default:
 		}
 	})
-	go func() {
+	d.all.Go(func() {
 		defer stop()
 		t := time.NewTicker(look)
 		defer t.Stop()
@@ -49,22 +52,22 @@ func (d *demand) hold(l *link.Live) {
 				return
 			case <-changed:
 				if err := d.server.judge(l.Peer()); err != nil {
-					d.end(l, err)
+					d.end(l, stream.CodeRevoked, err)
 					return
 				}
 			case <-t.C:
 			}
 			if err := d.server.expired(l); err != nil {
-				d.end(l, err)
+				d.end(l, stream.CodeExpired, err)
 				return
 			}
 		}
-	}()
+	})
 }
 
-func (d *demand) end(l *link.Live, err error) {
+func (d *demand) end(l *link.Live, code stream.Code, err error) {
 	d.server.log.Warn("the channel may not go on", "peer", l.Peer(), "reason", err)
-	l.Mux.ResetAll(endCode, err.Error())
+	l.Mux.ResetAll(code, err.Error())
 	l.Close(&channel.Refused{Err: err})
 }
 

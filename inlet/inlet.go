@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
@@ -89,10 +88,18 @@ type Server struct {
 	book   demand
 	slots  chan struct{}
 
-	streams  atomic.Int64
-	draining atomic.Bool
 	mu       sync.Mutex
-	ends     map[chan struct{}]struct{} // the listeners being served, by their stop
+	over     sync.Cond // L is mu: streams became 0
+	draining bool
+	streams  int // local connections
+	waiting  int // of them without a stream yet
+	serving  map[*listening]struct{}
+}
+
+// listening is one call of Serve.
+type listening struct {
+	ln     net.Listener
+	cancel context.CancelFunc // resets its connections
 }
 
 func (s *Server) init() {
@@ -108,8 +115,9 @@ func (s *Server) init() {
 			s.MaxStreams = defaultStreams
 		}
 		s.slots = make(chan struct{}, s.MaxStreams)
-		s.ends = make(map[chan struct{}]struct{})
-		s.book = demand{server: s}
+		s.serving = make(map[*listening]struct{})
+		s.over.L = &s.mu
+		s.book.server = s
 		s.keeper = link.Keeper{
 			Paths: s.Paths,
 			Config: channel.Config{
@@ -129,6 +137,7 @@ func (s *Server) init() {
 // resets the streams that are left, and returns when all is gone.
 func (s *Server) Run(ctx context.Context) error {
 	s.init()
+	defer s.book.all.Wait()
 	return s.keeper.Run(ctx)
 }
 
@@ -172,8 +181,11 @@ func ask(ctx context.Context, l *link.Live, kind stream.HeaderKind, name string)
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	return c.Wait(ctx)
+	if err := c.Wait(ctx); err != nil {
+		c.Reset(stream.CodeLocal, "")
+		return err
+	}
+	return c.Close()
 }
 
 // Probe is what a ping found.
@@ -212,6 +224,12 @@ func (s *Server) Probe(ctx context.Context, target bool) (Probe, error) {
 // Read gives io.EOF only after the outlet's authenticated end.
 func (s *Server) Dial(ctx context.Context) (net.Conn, error) {
 	s.init()
+	s.mu.Lock()
+	draining := s.draining
+	s.mu.Unlock()
+	if draining {
+		return nil, fmt.Errorf("dialling %s: the inlet is shutting down", s.Name)
+	}
 	c, err := s.open(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("dialling %s: %w", s.Name, err)
@@ -235,10 +253,10 @@ func (s *Server) open(ctx context.Context) (*stream.Conn, error) {
 		if err == nil {
 			return c, nil
 		}
-		if !errors.Is(err, stream.ErrAway) && l.Err() == nil && !isReset(err) {
+		if !errors.Is(err, stream.ErrAway) && !isReset(err) && l.Err() == nil && s.keeper.Live() == l {
 			return nil, err
 		}
-		// The Keeper is about to know it too.
+		// It is on its way out, and the Keeper knows or is about to.
 		if err := s.keeper.Wait(ctx, l); err != nil {
 			return nil, err
 		}
@@ -250,64 +268,61 @@ func isReset(err error) bool {
 	return errors.As(err, &r)
 }
 
-// Serve accepts connections from ln until ctx ends or Drain is called, and
-// returns when they are over. It owns ln. Several listeners may be served at
-// once, and Run must be running.
+// Serve accepts connections from ln until Drain is called, and returns when they
+// are over, or until ctx ends, which resets them. It owns ln. Several listeners
+// may be served at once, and Run must be running.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	s.init()
-	end := make(chan struct{})
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	me := &listening{ln, cancel}
 	s.mu.Lock()
-	s.ends[end] = struct{}{}
-	draining := s.draining.Load()
+	draining := s.draining
+	s.serving[me] = struct{}{}
 	s.mu.Unlock()
 	if draining {
 		ln.Close()
-		return nil
 	}
-	defer func() {
-		s.mu.Lock()
-		delete(s.ends, end)
-		s.mu.Unlock()
-	}()
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
 	var all sync.WaitGroup
-	all.Go(func() {
-		select {
-		case <-ctx.Done():
-		case <-end:
-		}
-		ln.Close()
-	})
-	var failed error
+	failed := s.accept(ctx, ln, &all)
+	ln.Close()
+	all.Wait()
+	s.mu.Lock()
+	delete(s.serving, me)
+	s.mu.Unlock()
+	return failed
+}
+
+func (s *Server) accept(ctx context.Context, ln net.Listener, all *sync.WaitGroup) error {
 	for pause := time.Duration(0); ; {
-		// A place before the connection: what cannot be served waits in the
-		// kernel's backlog, where it costs us nothing.
-		select {
-		case s.slots <- struct{}{}:
-		case <-ctx.Done():
-		}
-		if ctx.Err() != nil {
-			break
-		}
 		c, err := ln.Accept()
 		if err == nil {
 			pause = 0
 			stream.Arm(c)
-			s.streams.Add(1)
+			// One connection waits here for its place, which any listener may free;
+			// those behind it wait in the kernel's backlog, where they cost nothing.
+			select {
+			case s.slots <- struct{}{}:
+			case <-ctx.Done():
+				stream.Abort(c)
+				return nil
+			}
+			s.count(1, 1)
 			all.Go(func() {
 				s.serve(ctx, c)
-				s.streams.Add(-1)
+				s.count(-1, 0)
 				<-s.slots
 			})
 			continue
 		}
-		<-s.slots
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			break
+			return nil
 		}
 		var temporary interface{ Temporary() bool }
 		if !errors.As(err, &temporary) || !temporary.Temporary() {
-			failed = fmt.Errorf("accepting connections on %v: %w", ln.Addr(), err)
-			break
+			return fmt.Errorf("accepting connections on %v: %w", ln.Addr(), err)
 		}
 		// Out of descriptors: wait for some to come back.
 		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
@@ -319,26 +334,32 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			t.Stop()
 		}
 	}
-	s.mu.Lock()
-	if _, ok := s.ends[end]; ok {
-		delete(s.ends, end)
-		close(end)
-	}
-	s.mu.Unlock()
-	all.Wait()
-	return failed
 }
 
-// serve takes one local connection to its end.
+// count keeps the numbers of local connections and of those without a stream.
+func (s *Server) count(streams, waiting int) {
+	s.mu.Lock()
+	s.streams += streams
+	s.waiting += waiting
+	if s.streams == 0 {
+		s.over.Broadcast()
+	}
+	s.mu.Unlock()
+}
+
+// serve takes one local connection to its end, or resets it when ctx ends.
 func (s *Server) serve(ctx context.Context, c net.Conn) {
 	held, cancel := context.WithTimeout(ctx, s.Hold)
 	st, err := s.open(held)
 	cancel()
+	s.count(0, -1)
 	if err != nil {
 		s.log.Warn("a connection is refused", "name", s.Name, "reason", err)
-		s.refuse(c, err)
+		s.refuse(ctx, c, err)
 		return
 	}
+	stop := context.AfterFunc(ctx, func() { st.Reset(stream.CodeAway, "the inlet is shutting down") })
+	defer stop()
 	if s.Kind != Raw {
 		// Whoever can be told is told before the first byte of an answer.
 		limited, cancel := context.WithTimeout(ctx, answerTime)
@@ -347,7 +368,7 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 		if err != nil {
 			st.Reset(stream.CodeLocal, "")
 			s.log.Warn("a connection is refused", "name", s.Name, "stream", st.ID(), "reason", err)
-			s.refuse(c, err)
+			s.refuse(ctx, c, err)
 			return
 		}
 	}
@@ -357,31 +378,50 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 }
 
 // Streams is the number of local connections.
-func (s *Server) Streams() int { return int(s.streams.Load()) }
+func (s *Server) Streams() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.streams
+}
 
 // Drain closes the listeners, waits for the streams until ctx ends, and resets
-// those that are left; it returns their number. The end of Run's context does
-// the rest.
+// those that are left; it returns their number, connections that still wait for
+// the outlet included. The end of Run's context does the rest.
 func (s *Server) Drain(ctx context.Context) (left int) {
 	s.init()
-	s.draining.Store(true)
 	s.mu.Lock()
-	for end := range s.ends {
-		delete(s.ends, end)
-		close(end)
+	s.draining = true
+	for l := range s.serving {
+		l.ln.Close()
 	}
 	s.mu.Unlock()
-	l := s.keeper.Live()
-	if l == nil {
-		return 0
-	}
 	idle := make(chan struct{})
-	go func() { l.Mux.WaitIdle(); close(idle) }()
+	go func() {
+		s.mu.Lock()
+		for s.streams > 0 {
+			s.over.Wait()
+		}
+		s.mu.Unlock()
+		for _, l := range s.keeper.All() { // what Dial opened
+			l.Mux.WaitIdle()
+		}
+		close(idle)
+	}()
 	select {
 	case <-idle:
 	case <-ctx.Done():
-		left = s.Streams()
-		l.Mux.ResetAll(stream.CodeAway, "the inlet is shutting down")
+		for _, l := range s.keeper.All() {
+			left += l.Mux.Streams()
+		}
+		s.mu.Lock()
+		left += s.waiting
+		for l := range s.serving {
+			l.cancel()
+		}
+		s.mu.Unlock()
+		for _, l := range s.keeper.All() {
+			l.Mux.ResetAll(stream.CodeAway, "the inlet is shutting down")
+		}
 		<-idle
 	}
 	return left

@@ -2,6 +2,7 @@ package inlet
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,12 +16,16 @@ import (
 	"github.com/portal-tunnel/portal/internal/stream"
 )
 
-// endCode is the code of streams whose credentials ended.
-const endCode = stream.CodeExpired
-
 // refuse tells a local client why it is not connected, as its kind can be
-// told, and closes the connection: with a reset where nothing can be said.
-func (s *Server) refuse(c net.Conn, err error) {
+// told, and closes the connection: with a reset where nothing can be said, or
+// when ctx has ended and nobody waits for the client to listen.
+func (s *Server) refuse(ctx context.Context, c net.Conn, err error) {
+	if ctx.Err() != nil {
+		stream.Abort(c)
+		return
+	}
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
 	refused := isRefusal(err)
 	switch s.Kind {
 	case PG:

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -36,7 +37,8 @@ const (
 	defaultDialTimeout = 10 * time.Second
 )
 
-// Server serves one name. Its fields must not change once Serve is called.
+// Server serves one name, once: when the last Serve has returned it is over. Its
+// fields must not change once Serve is called.
 type Server struct {
 	Node   *routing.Node
 	Name   string
@@ -56,9 +58,11 @@ type Server struct {
 	allow  atomic.Pointer[abac.Policy]
 	dials  chan struct{}
 
-	streams atomic.Int64
+	mu      sync.Mutex
+	over    sync.Cond // L is mu: streams became 0
+	streams int
 	all     sync.WaitGroup
-	stop    context.Context // ends when the last Serve returns
+	stop    context.Context // resets every stream: the last Serve returns, or Drain gave up
 	cancel  context.CancelFunc
 	serving atomic.Int32
 	accept  atomic.Pointer[Listener]
@@ -83,6 +87,7 @@ func (s *Server) init() {
 			s.Limits.Link.Stream.Budget = new(stream.Budget)
 		}
 		s.dials = make(chan struct{}, s.Limits.Dials)
+		s.over.L = &s.mu
 		s.allow.Store(s.Allow)
 		s.book = &lease.Book{Policy: s.allow.Load, Now: s.Now, Logger: s.log}
 		s.stop, s.cancel = context.WithCancel(context.Background())
@@ -129,7 +134,30 @@ func (s *Server) SetAllow(p *abac.Policy) {
 }
 
 // Streams is the number of streams that have a target or are getting one.
-func (s *Server) Streams() int { return int(s.streams.Load()) }
+func (s *Server) Streams() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.streams
+}
+
+// enter takes a place for a stream; false when there is none.
+func (s *Server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.streams >= s.Limits.Streams {
+		return false
+	}
+	s.streams++
+	return true
+}
+
+func (s *Server) leave() {
+	s.mu.Lock()
+	if s.streams--; s.streams == 0 {
+		s.over.Broadcast()
+	}
+	s.mu.Unlock()
+}
 
 // Drain takes nothing new, waits for the streams until ctx ends, and resets
 // those that are left; it returns their number.
@@ -138,18 +166,18 @@ func (s *Server) Drain(ctx context.Context) (left int) {
 	s.server.Drain()
 	idle := make(chan struct{})
 	go func() {
-		for _, l := range s.server.Lives() {
-			l.Mux.WaitIdle()
+		s.mu.Lock()
+		for s.streams > 0 {
+			s.over.Wait()
 		}
+		s.mu.Unlock()
 		close(idle)
 	}()
 	select {
 	case <-idle:
 	case <-ctx.Done():
 		left = s.Streams()
-		for _, l := range s.server.Lives() {
-			l.Mux.ResetAll(stream.CodeAway, "the outlet is shutting down")
-		}
+		s.cancel()
 		<-idle
 	}
 	return left
@@ -165,13 +193,13 @@ func (s *Server) admit(l *link.Live, in *stream.Incoming) {
 		return
 	}
 	a := &admitted{server: s, live: l, in: in}
-	held, decision, err := s.book.Admit(s.Self, l.Peer(), s.request(in.Header.Name), a.end)
-	if err != nil || in.Header.Name != s.Name {
-		if err == nil {
-			held.Release()
-		}
-		code, reason := refusal(in.Header.Name == s.Name, decision, err)
-		s.log.Warn("a stream is refused", "name", in.Header.Name, "stream", in.Stream(), "peer", l.Peer(), "reason", why(decision, err))
+	// Whatever the name, the policy for ours is asked: to whoever may not open
+	// that, every name has the same answer.
+	held, decision, err := s.book.Admit(s.Self, l.Peer(), s.request(), a.end)
+	if known := in.Header.Name == s.Name; err != nil || !known {
+		held.Release()
+		code, reason := refusal(decision, err)
+		s.log.Warn("a stream is refused", "name", in.Header.Name, "known", known, "stream", in.Stream(), "peer", l.Peer(), "reason", reason)
 		in.Refuse(code, reason)
 		return
 	}
@@ -182,8 +210,7 @@ func (s *Server) admit(l *link.Live, in *stream.Incoming) {
 		held.Release()
 		return
 	}
-	if n := s.streams.Add(1); n > int64(s.Limits.Streams) {
-		s.streams.Add(-1)
+	if !s.enter() {
 		held.Release()
 		in.Refuse(stream.CodeBusy, fmt.Sprintf("the outlet has its %d connections", s.Limits.Streams))
 		return
@@ -193,34 +220,25 @@ func (s *Server) admit(l *link.Live, in *stream.Incoming) {
 }
 
 // request is what the policy is asked; the book adds the principal.
-func (s *Server) request(name string) abac.Request {
-	resource := map[string]any{"name": name}
-	for k, v := range s.Labels {
-		resource[k] = v
-	}
-	resource["name"] = name
-	return abac.Request{Action: "open", Resource: resource, ResourceID: name}
+func (s *Server) request() abac.Request {
+	resource := make(map[string]any, len(s.Labels)+1)
+	maps.Copy(resource, s.Labels)
+	resource["name"] = s.Name
+	return abac.Request{Action: "open", Resource: resource, ResourceID: s.Name}
 }
 
-// refusal is what the opener is told. That there is no such name and that the
-// policy refuses is one answer; a member also learns which policies decided
-// and which attributes it lacks, never a value.
-func refusal(known bool, d abac.Decision, err error) (stream.Code, string) {
+// refusal is what the opener is told. A member learns which policies decided
+// and which attributes it lacks, never a value; err is nil when it may open our
+// name and asked for another.
+func refusal(d abac.Decision, err error) (stream.Code, string) {
 	var expired *lease.Expired
-	if errors.As(err, &expired) {
+	switch {
+	case errors.As(err, &expired):
 		return stream.CodeExpired, expired.Error()
-	}
-	if !known || err == nil {
+	case err == nil:
 		return stream.CodeRefused, abac.Decision{}.Reason()
 	}
 	return stream.CodeRefused, d.Reason()
-}
-
-func why(d abac.Decision, err error) string {
-	if err != nil {
-		return err.Error()
-	}
-	return "there is no such name; " + d.Reason()
 }
 
 // admitted is one stream from its admission to its end.
@@ -231,14 +249,20 @@ type admitted struct {
 	lease  *lease.Lease
 
 	mu     sync.Mutex
-	conn   *stream.Conn // once it is accepted
-	cancel context.CancelFunc
-	ended  error // why the lease ended
+	conn   *stream.Conn       // once it is accepted
+	cancel context.CancelFunc // ends the dial
+	look   *time.Timer        // for an opener that gives up while the target is dialled
+	ended  error              // why the stream may not go on
 }
 
-// end is told by the lease that the stream may not go on.
+// end is told that the stream may not go on: by the lease, or because the
+// outlet stops. The first reason counts.
 func (a *admitted) end(err error) {
 	a.mu.Lock()
+	if a.ended != nil {
+		a.mu.Unlock()
+		return
+	}
 	a.ended = err
 	c, cancel := a.conn, a.cancel
 	a.mu.Unlock()
@@ -250,10 +274,22 @@ func (a *admitted) end(err error) {
 	}
 }
 
+// why is why the stream may not go on; nil when it may.
+func (a *admitted) why() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.ended
+}
+
+var errAway = errors.New("the outlet is shutting down")
+
 func endCode(err error) stream.Code {
 	var expired *lease.Expired
-	if errors.As(err, &expired) {
+	switch {
+	case errors.As(err, &expired):
 		return stream.CodeExpired
+	case errors.Is(err, errAway):
+		return stream.CodeAway
 	}
 	return stream.CodeRevoked
 }
@@ -261,39 +297,51 @@ func endCode(err error) stream.Code {
 // run dials the target and becomes its reader.
 func (a *admitted) run() {
 	s := a.server
-	defer s.streams.Add(-1)
+	defer s.leave()
 	defer a.lease.Release()
+	stop := context.AfterFunc(s.stop, func() { a.end(errAway) })
+	defer stop()
+	if s.Target == nil {
+		a.offer()
+		return
+	}
 	select {
 	case s.dials <- struct{}{}:
 	default:
 		a.in.Refuse(stream.CodeBusy, fmt.Sprintf("%d connections to the target are being made", s.Limits.Dials))
 		return
 	}
-	if s.Target == nil {
-		<-s.dials
-		a.offer()
-		return
-	}
 	target, err := a.dial()
 	<-s.dials
-	if err != nil {
+	if ended := a.why(); ended != nil {
+		if target != nil {
+			stream.Abort(target)
+		}
+		a.in.Refuse(endCode(ended), ended.Error())
+		return
+	}
+	switch {
+	case err != nil && a.in.Gone():
+		s.log.Info("the opener gave up before its target answered", "stream", a.in.Stream(), "peer", a.live.Peer())
+		return
+	case err != nil:
 		code, reason := targetCode(err)
 		s.log.Warn("the target cannot be reached", "stream", a.in.Stream(), "err", err)
 		a.in.Refuse(code, reason)
 		return
 	}
-	stream.Arm(target)
 	if a.in.Header.Kind == stream.PingTarget {
 		a.in.Accept().Close()
 		target.Close()
 		return
 	}
+	stream.Arm(target)
 	if err := a.accept().Join(target); err != nil {
 		s.log.Info("a stream was reset", "stream", a.in.Stream(), "peer", a.live.Peer(), "reason", err)
 	}
 }
 
-// accept answers yes; a lease that ended meanwhile ends the stream.
+// accept answers yes; what ended the stream meanwhile resets it.
 func (a *admitted) accept() *stream.Conn {
 	c := a.in.Accept()
 	a.mu.Lock()
@@ -314,7 +362,7 @@ func (a *admitted) offer() {
 	defer t.Stop()
 	l := s.listener()
 	select {
-	case l.conns <- &Conn{Conn: c, Request: a.request()}:
+	case l.conns <- &Conn{Conn: c, Request: a.asked()}:
 		<-c.Done()
 	case <-l.closed:
 		c.Reset(stream.CodeTargetRefused, "")
@@ -324,23 +372,38 @@ func (a *admitted) offer() {
 	}
 }
 
-func (a *admitted) request() *Request {
+func (a *admitted) asked() *Request {
 	return &Request{Name: a.server.Name, Peer: a.live.Peer(), Stream: a.in.Stream()}
 }
+
+// gone is how soon it is noticed that the opener of a stream has given up while
+// its target is dialled.
+const gone = 100 * time.Millisecond
 
 // dial reaches the target within the limit, and no longer than anybody wants it.
 func (a *admitted) dial() (net.Conn, error) {
 	s := a.server
-	ctx, cancel := context.WithTimeout(s.stop, s.Limits.DialTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), s.Limits.DialTimeout)
 	defer cancel()
 	a.mu.Lock()
 	a.cancel = cancel
-	ended := a.ended
-	a.mu.Unlock()
-	if ended != nil {
-		return nil, ended
+	if a.ended != nil {
+		a.mu.Unlock()
+		return nil, a.ended
 	}
-	return s.Target(ctx, a.request())
+	a.look = time.AfterFunc(gone, func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.in.Gone() {
+			cancel()
+		} else if ctx.Err() == nil {
+			a.look.Reset(gone)
+		}
+	})
+	look := a.look
+	a.mu.Unlock()
+	defer look.Stop()
+	return s.Target(ctx, a.asked())
 }
 
 func targetCode(err error) (stream.Code, string) {

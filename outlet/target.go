@@ -43,11 +43,15 @@ func Unix(path string) Target {
 }
 
 // Exec runs a command for each stream and connects its standard input and
-// output; standard error is this process's. The stream ends in good order when
-// the command closes its output and exits with status 0, and is reset when it
-// fails. A reset kills the command.
+// output; standard error is this process's. The command is over when it exits:
+// what it started and left behind in its process group is killed. The stream
+// ends in good order when that was with status 0, else it is reset. A reset
+// kills the command and its group.
 func Exec(name string, args ...string) Target {
-	return func(_ context.Context, r *Request) (net.Conn, error) {
+	return func(ctx context.Context, r *Request) (net.Conn, error) {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
 		cmd := exec.Command(name, args...)
 		cmd.Stderr = os.Stderr
 		cmd.Env = append(os.Environ(), "PORTAL_NAME="+r.Name)
@@ -55,27 +59,29 @@ func Exec(name string, args ...string) Target {
 		if r.Peer != nil {
 			cmd.Env = append(cmd.Env, "PORTAL_PEER="+r.Peer.ID().String())
 		}
-		in, err := cmd.StdinPipe()
+		// Pipes of our own: those of cmd are closed by its Wait, perhaps before the
+		// output has been read, or the input's end was passed on.
+		childIn, in, err := os.Pipe()
 		if err != nil {
-			return nil, fmt.Errorf("starting %s: %w", name, err)
+			return nil, fmt.Errorf("starting the target's command: %w", err)
 		}
-		// A pipe of our own: cmd.StdoutPipe is closed by Wait, perhaps before it
-		// has been read to its end.
-		out, child, err := os.Pipe()
+		out, childOut, err := os.Pipe()
 		if err != nil {
+			childIn.Close()
 			in.Close()
-			return nil, fmt.Errorf("starting %s: %w", name, err)
+			return nil, fmt.Errorf("starting the target's command: %w", err)
 		}
-		cmd.Stdout = child
+		cmd.Stdin, cmd.Stdout = childIn, childOut
 		err = cmd.Start()
-		child.Close()
+		childIn.Close()
+		childOut.Close()
 		if err != nil {
 			in.Close()
 			out.Close()
 			return nil, fmt.Errorf("starting the target's command: %w", err)
 		}
 		p := &process{cmd: cmd, in: in, out: out, exited: make(chan struct{})}
-		go p.wait()
+		go p.wait() // Close waits for it
 		return p, nil
 	}
 }
@@ -83,17 +89,35 @@ func Exec(name string, args ...string) Target {
 // process is a command as a connection.
 type process struct {
 	cmd    *exec.Cmd
-	in     io.WriteCloser
+	in     *os.File
 	out    *os.File
 	exited chan struct{} // closed when err is set
 	err    error
 
+	mu    sync.Mutex
+	over  bool // its number is, or is about to be, free for another process
 	close sync.Once
 }
 
 func (p *process) wait() {
+	if waitable(p.cmd.Process.Pid) {
+		p.kill(true) // what it left behind; its own status stands
+	}
 	p.err = p.cmd.Wait()
+	p.mu.Lock()
+	p.over = true
+	p.mu.Unlock()
 	close(p.exited)
+}
+
+// kill kills the whole process group, for the last time or not.
+func (p *process) kill(last bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.over {
+		syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	}
+	p.over = p.over || last
 }
 
 // exitTime is how long a command may go on after it has closed its output.
@@ -128,12 +152,8 @@ func (p *process) CloseWrite() error { return p.in.Close() }
 func (p *process) Close() error {
 	p.close.Do(func() {
 		p.in.Close()
-		select {
-		case <-p.exited:
-		default:
-			kill(p.cmd)
-			<-p.exited
-		}
+		p.kill(false)
+		<-p.exited
 		p.out.Close()
 	})
 	return nil
@@ -151,11 +171,7 @@ func (p *process) SetReadDeadline(t time.Time) error { return p.out.SetReadDeadl
 func (p *process) SetWriteDeadline(time.Time) error  { return os.ErrNoDeadline }
 
 // processGroup gives the command a group of its own, so that what it starts can
-// be killed with it, and lets it die with this process.
+// be killed with it.
 func processGroup() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true}
-}
-
-func kill(cmd *exec.Cmd) {
-	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 }
