@@ -78,10 +78,10 @@ func streams(n *routing.Node, e *channel.End, initiator bool, l stream.Limits, a
 }
 
 // pair makes two ends of streams over a lane. Streams opened at a come out of
-// the returned channel, which takes as many as one channel may have open.
+// the returned channel, which takes more than a channel may have open.
 func pair(t testing.TB, a, b net.Conn, limits stream.Limits) (x, y *side, incoming chan *stream.Incoming) {
 	t.Helper()
-	incoming = make(chan *stream.Incoming, 16384)
+	incoming = make(chan *stream.Incoming, 20000)
 	e, nodes := ends(t, a, b)
 	x = streams(nodes[0], e[0], true, limits, nil)
 	y = streams(nodes[1], e[1], false, limits, func(in *stream.Incoming) { incoming <- in })

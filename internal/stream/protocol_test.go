@@ -78,7 +78,7 @@ func (p *peer) count(kind uint8, id uint32) (n int) {
 func against(t *testing.T, initiator bool, l stream.Limits, f func(p *peer)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{T: t, incoming: make(chan *stream.Incoming, 16384)}
+		w := &world{T: t, incoming: make(chan *stream.Incoming, 20000)}
 		w.a, w.b = memnet.Pipe(memnet.Link{})
 		e, nodes := ends(t, w.a, w.b)
 		theirs, ours := 0, 1

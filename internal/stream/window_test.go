@@ -165,7 +165,7 @@ func TestUnreadStreamStallsOnlyItself(t *testing.T) {
 				io.ReadFull(c, b)
 				took = append(took, time.Since(at))
 			}
-			rate = m.count() - before
+			rate = int64(float64(m.count()-before) / measured.Seconds())
 			slices.Sort(took)
 			worst = took[len(took)*99/100]
 			if n := float64(own.count()-ownBefore) / measured.Seconds(); stalled && n < gigabit*8/10 {
