@@ -169,15 +169,18 @@ func TestACutOnTheWayIsAnExactPrefixAndThenAReset(t *testing.T) {
 	cuts := 0
 	for _, kind := range []fault.Kind{fault.FIN, fault.RST, fault.Flip} {
 		for i := range places {
-			at := int64(i)*transfer/int64(places) + rand.Int64N(1000)
+			// The first kilobyte is left to what a connection before may still say.
+			at := 1<<10 + int64(i)*transfer/int64(places) + rand.Int64N(1<<10)
 			name := fmt.Sprintf("%v at %d", kind, at)
 
+			ready(t, addr) // else the fault meets a handshake, not the transfer
 			fired := p.Arm(kind, fault.In, at)
 			if err := check(download(t, addr, 0, nil)); err != nil {
 				t.Errorf("download, %s: %v", name, err)
 			}
 			<-fired
 
+			ready(t, addr)
 			fired = p.Arm(kind, fault.Out, at)
 			upload(t, addr)
 			<-fired
