@@ -1,0 +1,352 @@
+package link_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/stream"
+)
+
+func TestBackOffDoublesToHalfASecondForAMinuteThenToThirtySeconds(t *testing.T) {
+	in(t, func(w *town) {
+		begin := time.Now()
+		var tries []time.Time
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "down", Dial: func(context.Context) (net.Conn, error) {
+			tries = append(tries, time.Now())
+			return nil, errDown
+		}}}}
+		stop := w.run(k.Run)
+		w.sleep(time.Hour)
+		stop()
+		want := 50 * time.Millisecond
+		for i := 1; i < len(tries); i++ {
+			if gap := tries[i].Sub(tries[i-1]); gap < want/2 || gap > want*3/2 {
+				t.Fatalf("try %d came %v after the one before, want %v ± 50 %%", i, gap, want)
+			}
+			limit := 30 * time.Second
+			if tries[i].Sub(begin) < time.Minute {
+				limit = 500 * time.Millisecond
+			}
+			want = min(2*want, limit)
+		}
+		if len(tries) < 150 || len(tries) > 500 { // ~120 in the first minute, then 2 a minute
+			t.Errorf("%d tries in an hour", len(tries))
+		}
+	})
+}
+
+func TestACutChannelIsReplacedWithinASecond(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		var states told
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}, OnState: states.add}
+		stop := w.run(k.Run)
+		first := w.get(k)
+		c := w.open(first)
+		w.sleep(time.Minute)
+
+		cut := time.Now()
+		w.lane(0).Cut()
+		if _, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF {
+			t.Errorf("a stream of the cut channel reads %v, want a reset", err)
+		}
+		if err := k.Wait(context.Background(), first); err != nil {
+			t.Fatal(err)
+		}
+		second := w.get(k)
+		if second == first || time.Since(cut) > time.Second {
+			t.Errorf("a new channel: %v, after %v", second != first, time.Since(cut))
+		}
+		w.echoes(w.open(second))
+		stop()
+		want := []link.StateKind{link.Ready, link.Waiting, link.Ready, link.Draining}
+		if got := states.kinds(); !slices.Equal(got, want) {
+			t.Errorf("the states were %v, want %v", got, want)
+		}
+		stopServer()
+	})
+}
+
+func TestAFarEndThatHangsUpIsNotDialledInALoop(t *testing.T) {
+	in(t, func(w *town) {
+		s := w.server()
+		s.Limits.Channels = 1
+		stopServer := w.serve(s, "10.0.0.2:1")
+		holder := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		stopHolder := w.run(holder.Run)
+		w.get(holder)
+
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		w.sleep(10 * time.Minute)
+		if n := w.dialled() - 1; n < 10 || n > 60 {
+			t.Errorf("%d channels in ten minutes to an end that takes none", n)
+		}
+		stopHolder() // its place is free
+		w.sleep(time.Minute)
+		if l := k.Live(); l == nil || k.State().Kind != link.Ready {
+			t.Errorf("not ready a minute after a place came free: %+v", k.State())
+		}
+		stop()
+		stopServer()
+	})
+}
+
+func TestARefusalIsTriedAgainSeldomOrOnANewCredential(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		var states told
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}, OnState: states.add}
+		k.Config.Judge = func(*identity.Peer) error { return errors.New("not this one") }
+		stop := w.run(k.Run)
+		synctest.Wait()
+		if got := states.kinds(); !slices.Equal(got, []link.StateKind{link.Refused}) {
+			t.Fatalf("the states were %v", got)
+		}
+		w.sleep(10 * time.Minute)
+		if n := w.dialled(); n < 14 || n > 41 {
+			t.Errorf("refused %d times in ten minutes, want once in 30 s ± 50 %%", n)
+		}
+		before := w.dialled()
+		w.renew(k.Config.Self, 2*time.Hour)
+		synctest.Wait()
+		if n := w.dialled() - before; n != 1 {
+			t.Errorf("a new credential is shown %d times at once", n)
+		}
+		stop()
+		stopServer()
+	})
+}
+
+func TestTheRenewalBeforeADialDoesNotHurryTheNextOne(t *testing.T) {
+	in(t, func(w *town) {
+		life := time.Hour
+		var tries atomic.Int64
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "down", Dial: func(context.Context) (net.Conn, error) {
+			tries.Add(1)
+			return nil, &channel.Refused{Err: errDown}
+		}}}}
+		k.Fresh = func(context.Context) error {
+			life += time.Minute
+			w.renew(k.Config.Self, life)
+			return nil
+		}
+		stop := w.run(k.Run)
+		w.sleep(14 * time.Second)
+		if n := tries.Load(); n != 1 {
+			t.Errorf("%d tries in 14 s", n)
+		}
+		stop()
+	})
+}
+
+func TestAFailedRenewalDoesNotStopTheDial(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		k.Fresh = func(context.Context) error { return errDown }
+		stop := w.run(k.Run)
+		w.echoes(w.open(w.get(k)))
+		stop()
+		stopServer()
+	})
+}
+
+func TestGetWaitsForAChannel(t *testing.T) {
+	in(t, func(w *town) {
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		limited, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		begin := time.Now()
+		if _, err := k.Get(limited); err == nil || time.Since(begin) != 5*time.Second || !strings.Contains(err.Error(), "10.0.0.2:1") {
+			t.Errorf("after %v: %v; want the path's error after 5 s", time.Since(begin), err)
+		}
+		cancel()
+		got := make(chan *link.Live)
+		go func() { got <- w.get(k) }()
+		synctest.Wait()
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		w.echoes(w.open(<-got))
+		stop()
+		if _, err := k.Get(context.Background()); err == nil {
+			t.Error("a Keeper that has ended gives a channel")
+		}
+		stopServer()
+	})
+}
+
+func TestGetReturnsARefusalAtOnce(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		k.Config.Judge = func(*identity.Peer) error { return errDown }
+		stop := w.run(k.Run)
+		begin := time.Now()
+		_, err := k.Get(context.Background())
+		if !errors.Is(err, errDown) || time.Since(begin) != 0 {
+			t.Errorf("after %v: %v", time.Since(begin), err)
+		}
+		stop()
+		stopServer()
+	})
+}
+
+func TestOneRefusalAmongPathsThatAreDownIsNotARefusal(t *testing.T) {
+	in(t, func(w *town) {
+		refused := link.Path{Name: "a", Dial: func(context.Context) (net.Conn, error) { return nil, &channel.Refused{Err: errDown} }}
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{refused, w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		synctest.Wait()
+		if s := k.State(); s.Kind != link.Waiting || !strings.Contains(s.Reason, "a: ") || !strings.Contains(s.Reason, "10.0.0.2:1") || s.Next > time.Second {
+			t.Errorf("%+v", s)
+		}
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		begin := time.Now()
+		w.get(k)
+		if time.Since(begin) > time.Second {
+			t.Errorf("the path that came back was dialled after %v", time.Since(begin))
+		}
+		stop()
+		stopServer()
+	})
+}
+
+func TestGoingAwayOldStreamsFinishAndNewOnesGoToTheSuccessor(t *testing.T) {
+	in(t, func(w *town) {
+		old, next := w.server(), w.server()
+		stopOld, stopNext := w.serve(old, "10.0.0.2:1"), w.serve(next, "10.0.0.3:1")
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1"), w.to("10.0.0.3:1")}}
+		stop := w.run(k.Run)
+		first := w.get(k)
+		c := w.open(first)
+		w.sleep(time.Minute)
+
+		old.Drain()
+		synctest.Wait()
+		second := w.get(k)
+		if second == first {
+			t.Fatal("the channel that is going away is still the live one")
+		}
+		if _, err := first.Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db"}); err == nil {
+			t.Error("the old channel takes a new stream")
+		}
+		w.echoes(w.open(second))
+		w.sleep(time.Hour)
+		w.echoes(c)
+		if n := len(k.All()); n != 2 {
+			t.Errorf("%d channels, want the live one and the old one", n)
+		}
+		c.CloseWrite()
+		if b, err := io.ReadAll(c); err != nil || len(b) != 0 {
+			t.Errorf("the old stream ends with %q, %v", b, err)
+		}
+		c.Close()
+		<-first.Done()
+		if !errors.Is(first.Err(), channel.ErrClosed) {
+			t.Errorf("the old channel ended with %v", first.Err())
+		}
+		synctest.Wait()
+		if n := len(k.All()); n != 1 {
+			t.Errorf("%d channels are left", n)
+		}
+		stop()
+		stopOld()
+		stopNext()
+	})
+}
+
+func TestPathsAreTriedFastestMeasuredFirstAndFailingOnesLast(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		var mu sync.Mutex
+		var order []string
+		var down atomic.Bool
+		dialled := func() []string {
+			mu.Lock()
+			defer mu.Unlock()
+			got := order
+			order = nil
+			return got
+		}
+		path := func(name string, d time.Duration, works bool) link.Path {
+			return link.Path{Name: name, Dial: func(ctx context.Context) (net.Conn, error) {
+				mu.Lock()
+				order = append(order, name)
+				mu.Unlock()
+				time.Sleep(d)
+				if !works || down.Load() {
+					return nil, errDown
+				}
+				return w.net.Dial(ctx, "mem", "10.0.0.2:1")
+			}}
+		}
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{
+			path("dead", 0, false), path("slow", 200*time.Millisecond, true), path("fast", 20*time.Millisecond, true),
+		}}
+		stop := w.run(k.Run)
+		for _, want := range [][]string{{"dead", "slow"}, {"fast"}, {"fast"}} {
+			l := w.get(k)
+			w.sleep(time.Minute)
+			if got := dialled(); !slices.Equal(got, want) {
+				t.Errorf("dialled %v, want %v", got, want)
+			}
+			w.lane(w.dialled() - 1).Cut()
+			k.Wait(context.Background(), l)
+		}
+		w.get(k)
+		w.sleep(time.Minute)
+		dialled()
+		down.Store(true)
+		w.lane(w.dialled() - 1).Cut()
+		w.sleep(221 * time.Millisecond) // one round of all three
+		want := []string{"fast", "slow", "dead"}
+		if got := dialled(); len(got) < 3 || !slices.Equal(got[:3], want) {
+			t.Errorf("dialled %v, want %v", got, want)
+		}
+		stop()
+		stopServer()
+	})
+}
+
+func TestRunEndsInTheMiddleOfItsQuestion(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		k.Check = func(ctx context.Context, _ *link.Live) error { <-ctx.Done(); return ctx.Err() }
+		stop := w.run(k.Run)
+		synctest.Wait()
+		stop()
+		stopServer()
+	})
+}
+
+func TestRunEndsAStreamThatNobodyReads(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		c := w.open(w.get(k))
+		c.Write([]byte("unread"))
+		c.CloseWrite()
+		synctest.Wait() // both ends are in, six bytes are held
+		stop()
+		select {
+		case <-c.Done():
+		default:
+			t.Error("a stream outlives the Keeper")
+		}
+		stopServer()
+	})
+}
