@@ -128,7 +128,11 @@ func (k *Keeper) Run(ctx context.Context) error {
 				}
 				continue
 			}
-			wait, brief = brief, min(2*brief, longestWait)
+			most := longestWait
+			if k.Check != nil && k.State().Kind == Ready {
+				most = youngWait // it did serve us: something on the way cuts it
+			}
+			wait, brief = brief, min(2*brief, most)
 		} else if allRefused(err) {
 			kind = Refused
 		}
