@@ -13,13 +13,13 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unk
 export GOFLAGS := $(strip $(shell $(GO) env GOFLAGS) -buildvcs=false)
 GOFMT   = $(shell $(GO) env GOROOT)/bin/gofmt
 
-.PHONY: build test long bench needs check format vet staticcheck unit fuzz clean
+.PHONY: build test long bench needs check format vet staticcheck unit plain fuzz clean
 .NOTPARALLEL:
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -tags urfave_cli_no_docs -ldflags '-s -w -X main.version=$(VERSION)' -o bin/portal ./cmd/portal
 
-test: needs check unit fuzz
+test: needs check unit plain fuzz
 	@echo 'make test: passed'
 
 # The limit is a package's: figures in docs/figures.md say which of them take how long.
@@ -50,6 +50,11 @@ staticcheck:
 
 unit:
 	$(GO) test -race -shuffle=on -timeout 10m $(PACKAGES)
+
+# What the race detector makes ten times slower, or hides: every byte of the handshake, the cost
+# of a frame and of an idle stream.
+plain:
+	$(GO) test -count=1 ./internal/channel ./internal/stream ./routing
 
 fuzz:
 	FUZZTIME=$(FUZZTIME) GO='$(GO)' .ci/fuzz $(PACKAGES)
