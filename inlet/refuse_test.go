@@ -1,0 +1,142 @@
+package inlet_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/net/nettest"
+
+	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/outlet"
+)
+
+// await waits for a state of kind.
+func (h *house) await(t *testing.T, kind link.StateKind) {
+	t.Helper()
+	limit := time.After(30 * time.Second)
+	for {
+		select {
+		case s := <-h.states:
+			if s.Kind == kind {
+				return
+			}
+		case <-limit:
+			t.Fatalf("not %v", kind)
+		}
+	}
+}
+
+func TestAnHTTPClientIsToldWhyItIsRefused(t *testing.T) {
+	h := build(t, outlet.TCP(echo(t)), "guest", func(_ *outlet.Server, in *inlet.Server) { in.Kind = inlet.HTTP })
+	h.await(t, link.Refused)
+	client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	r, err := client.Post("http://"+h.addr+"/v1/chat", "text/plain", strings.NewReader("hello"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	var body struct {
+		Error struct{ Code, Message string }
+	}
+	if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+		t.Fatal(err)
+	}
+	if r.StatusCode != http.StatusForbidden || body.Error.Code != "PORTAL-E0301" || !strings.Contains(body.Error.Message, "no policy permits it") {
+		t.Fatalf("%s: %+v", r.Status, body)
+	}
+}
+
+func TestAnHTTPClientIsToldThatTheTargetIsDown(t *testing.T) {
+	dead := listen(t)
+	dead.Close()
+	h := build(t, outlet.TCP(dead.Addr().String()), "agent", func(_ *outlet.Server, in *inlet.Server) { in.Kind = inlet.HTTP })
+	h.await(t, link.Ready)
+	client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	r, err := client.Get("http://" + h.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Body.Close()
+	if r.StatusCode != http.StatusBadGateway {
+		t.Fatal(r.Status)
+	}
+}
+
+// way is a path that can be closed and opened.
+func way(s *inlet.Server, open <-chan struct{}) {
+	dial := s.Paths[0].Dial
+	s.Paths[0].Dial = func(ctx context.Context) (net.Conn, error) {
+		select {
+		case <-open:
+			return dial(ctx)
+		default:
+			return nil, errors.New("not yet")
+		}
+	}
+}
+
+func TestAConnectionThatComesTooEarlyIsHeldAndServed(t *testing.T) {
+	open := make(chan struct{})
+	h := build(t, outlet.TCP(echo(t)), "agent", func(_ *outlet.Server, in *inlet.Server) {
+		in.Hold = 20 * time.Second
+		way(in, open)
+	})
+	c, err := net.Dial("tcp", h.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := c.Write([]byte("early")); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, link.Waiting)
+	close(open)
+	got := make([]byte, 5)
+	if _, err := io.ReadFull(c, got); err != nil || string(got) != "early" {
+		t.Fatalf("%q, %v", got, err)
+	}
+}
+
+func TestAConnectionIsResetWhenTheHoldIsOver(t *testing.T) {
+	h := build(t, outlet.TCP(echo(t)), "agent", func(_ *outlet.Server, in *inlet.Server) {
+		in.Hold = 50 * time.Millisecond
+		way(in, nil)
+	})
+	c, err := net.Dial("tcp", h.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("read %d bytes, %v; want a reset", n, err)
+	}
+}
+
+func TestDialAndListenAreNetConns(t *testing.T) {
+	nettest.TestConn(t, func() (net.Conn, net.Conn, func(), error) {
+		var served *outlet.Server
+		h := build(t, nil, "agent", func(o *outlet.Server, _ *inlet.Server) { served = o })
+		ln := served.Listen()
+		a, err := h.inlet.Dial(context.Background())
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		b, err := ln.Accept()
+		return a, b, func() {
+			a.Close()
+			b.Close()
+			h.stop()
+		}, err
+	})
+}
