@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,7 +22,13 @@ import (
 func real(t *testing.T, target outlet.Target) *stream.Conn {
 	t.Helper()
 	y := open(t, target, nil)
-	t.Cleanup(func() { y.close(); y.empty() })
+	t.Cleanup(func() {
+		y.close()
+		for end := time.Now().Add(5 * time.Second); y.actors() > 0 && time.Now().Before(end); {
+			runtime.Gosched() // an actor that was stopped ends on a goroutine of its own
+		}
+		y.empty()
+	})
 	return y.stream(y.call(agent))
 }
 

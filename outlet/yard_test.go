@@ -85,6 +85,13 @@ func (y *yard) close() {
 	}
 }
 
+func (y *yard) actors() (n int) {
+	for _, node := range y.nodes {
+		n += node.Len()
+	}
+	return n
+}
+
 func (y *yard) empty() {
 	y.Helper()
 	if n := y.outlet.Streams(); n != 0 {
