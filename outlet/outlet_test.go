@@ -114,14 +114,15 @@ func TestAReplacedPolicyResetsWhatItDoesNotAllowAndKeepsTheRest(t *testing.T) {
 func TestAnEndedCredentialResetsItsStreamsWithinTwoSeconds(t *testing.T) {
 	for _, whose := range []string{"peer", "outlet"} {
 		virtual(t, echoing().dial, nil, func(y *yard) {
-			caller := y.member(agent)
-			if whose == "peer" {
-				caller, _ = identity.NewSelf()
-				y.issue(caller, agent, time.Minute)
-			} else {
-				caller, _ = identity.NewSelf()
-				y.issue(caller, agent, 2*time.Hour)
+			life := time.Minute
+			if whose == "outlet" {
+				life = 2 * time.Hour
 			}
+			caller, err := identity.NewSelf()
+			if err != nil {
+				t.Fatal(err)
+			}
+			y.issue(caller, agent, life)
 			l := y.callAs(caller)
 			c := y.stream(l)
 			until := caller.Credential().Expires
