@@ -129,7 +129,7 @@ func TestAnEndedCredentialResetsItsStreamsWithinTwoSeconds(t *testing.T) {
 			if whose == "outlet" {
 				until = y.outlet.Self.Credential().Expires
 			}
-			_, err := c.Read(make([]byte, 1))
+			_, err = c.Read(make([]byte, 1))
 			if late := time.Since(until); code(err) != stream.CodeExpired || late < 0 || late > 2*time.Second {
 				t.Errorf("%s: %v, %v after the expiry", whose, err, late)
 			}
