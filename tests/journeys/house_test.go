@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -16,7 +17,19 @@ import (
 
 var portal *process.Portal
 
+// serviceEnv makes this program a service in a process of its own.
+const serviceEnv = "JOURNEYS_SERVICE"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(serviceEnv) != "" {
+		s, err := serve()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Fprintln(os.Stderr, "listening on", s.addr())
+		select {} // until SIGTERM
+	}
 	dir, err := os.MkdirTemp("", "portal-journeys-")
 	if err == nil {
 		portal, err = process.BuildPortal(context.Background(), dir)
@@ -39,7 +52,8 @@ type house struct {
 	t         testing.TB
 	ctx       context.Context
 	dir       string
-	authority string // its address
+	authority string           // its address
+	keeper    *process.Process // the authority
 }
 
 func newHouse(t testing.TB, flags ...string) *house {
@@ -51,8 +65,8 @@ func newHouse(t testing.TB, flags ...string) *house {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	t.Cleanup(cancel)
 	h := &house{t: t, ctx: ctx, dir: t.TempDir()}
-	p := h.start("authority", append([]string{"authority", "--listen", "127.0.0.1:0"}, flags...)...)
-	h.authority = h.line(p, `authority ready on (\S+) `)
+	h.keeper = h.start("authority", append([]string{"authority", "--listen", "127.0.0.1:0"}, flags...)...)
+	h.authority = h.line(h.keeper, `authority ready on (\S+) `)
 	return h
 }
 
@@ -108,10 +122,14 @@ func (h *house) enroll(host string, grants ...string) {
 	h.run(host, "enroll", file)
 }
 
-// outlet starts an outlet for members whose role is agent, and gives its address.
+// outlet starts an outlet for members whose role is agent, and gives its address. With no target in
+// to the flags end with "--" and a command.
 func (h *house) outlet(listen, to string, flags ...string) (*process.Process, string) {
 	h.t.Helper()
-	args := []string{"outlet", "db", "--to", to, "--listen", listen, "--allow", `principal.role == "agent"`}
+	args := []string{"outlet", "db", "--listen", listen, "--allow", `principal.role == "agent"`}
+	if to != "" {
+		args = append(args, "--to", to)
+	}
 	p := h.start("db1", append(args, flags...)...)
 	return p, h.line(p, `outlet db ready on ([^; ]+)`)
 }
@@ -122,4 +140,26 @@ func (h *house) inlet(host, from, direct string, flags ...string) (*process.Proc
 	args := []string{"inlet", "db", "--from", from, "--direct", direct}
 	p := h.start(host, append(args, flags...)...)
 	return p, h.line(p, `inlet db listening on (\S+)`)
+}
+
+// unixPath is the path in an address unix:path.
+func unixPath(addr string) (string, bool) { return strings.CutPrefix(addr, "unix:") }
+
+// way is an outlet in front of a service and an inlet that is ready.
+type way struct {
+	*house
+	out, in *process.Process
+	lanes   string // the outlet's address
+	addr    string // the inlet's
+}
+
+func newWay(t testing.TB, to string) *way {
+	t.Helper()
+	w := &way{house: newHouse(t)}
+	w.enroll("db1", "--serve", "db")
+	w.enroll("bot", "--attr", "role=agent")
+	w.out, w.lanes = w.outlet("127.0.0.1:0", to, "--max-streams", "20000")
+	w.in, w.addr = w.inlet("bot", "0", w.lanes, "--max-streams", "20000")
+	w.line(w.in, `inlet db ready direct`)
+	return w
 }

@@ -4,15 +4,18 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/portal-tunnel/portal/examples/postgres/server"
 	"github.com/portal-tunnel/portal/tests/process"
@@ -45,7 +48,8 @@ func client(ctx context.Context, name, addr string, args ...string) *exec.Cmd {
 
 func TestPgbenchWith64ClientsAndPgxThroughThePortal(t *testing.T) {
 	db := postgres(t, 100)
-	h, addr, _, _ := path(t, db.Addr())
+	w := newWay(t, db.Addr())
+	h, addr := w.house, w.addr
 	run := func(args ...string) string {
 		t.Helper()
 		out, err := client(h.ctx, "pgbench", addr, args...).CombinedOutput()
@@ -76,18 +80,71 @@ func TestPgbenchWith64ClientsAndPgxThroughThePortal(t *testing.T) {
 	if deltas != balances {
 		t.Fatalf("the history sums to %d and the accounts to %d", deltas, balances)
 	}
+}
 
-	// A cancel is a connection of its own, without a credential of PostgreSQL's.
-	slow, cancel := context.WithTimeout(h.ctx, time.Second)
-	defer cancel()
-	if _, err := conn.Exec(slow, "select pg_sleep(60)"); err == nil {
-		t.Fatal("a query of 60 s ended within one")
+// A cancel is a connection of its own, which PostgreSQL closes without an answer; the session that
+// it is for goes on.
+func TestACancelEndsTheQueryAndNotTheSession(t *testing.T) {
+	t.Parallel()
+	db := postgres(t, 20)
+	w := newWay(t, db.Addr())
+	// sleeping waits until a session runs the query, and gives its backend.
+	sleeping := func(query string) string {
+		t.Helper()
+		for end := time.Now().Add(patience); ; {
+			pid, err := db.Admin(w.ctx, fmt.Sprintf("select pid from pg_stat_activity where state = 'active' and wait_event = 'PgSleep' and query = '%s';", query))
+			if err != nil || time.Now().After(end) {
+				t.Fatalf("the query does not run: %v", err)
+			}
+			if pid = strings.TrimSpace(pid); pid != "" {
+				return pid
+			}
+		}
+	}
+
+	// Ctrl-C, of psql as people use it.
+	psql := client(w.ctx, "psql", w.addr, "-d", "bench", "-X", "-c", "select pg_sleep(1001)")
+	var stderr bytes.Buffer
+	psql.Stderr = &stderr
+	if err := psql.Start(); err != nil {
+		t.Fatal(err)
+	}
+	sleeping("select pg_sleep(1001)")
+	if err := psql.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	err := psql.Wait()
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(stderr.String(), "canceling statement due to user request") {
+		t.Errorf("psql ended with %v:\n%s", err, stderr.String())
+	}
+
+	conn, err := pgx.Connect(w.ctx, "postgres://bench@"+w.addr+"/bench?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(w.ctx)
+	queried := make(chan error, 1)
+	go func() {
+		_, err := conn.Exec(w.ctx, "select pg_sleep(1002)")
+		queried <- err
+	}()
+	backend := sleeping("select pg_sleep(1002)")
+	if err := conn.PgConn().CancelRequest(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if said := (*pgconn.PgError)(nil); !errors.As(<-queried, &said) || said.Code != "57014" {
+		t.Errorf("the query ended with %v", said)
+	}
+	var pid int
+	if err := conn.QueryRow(w.ctx, "select pg_backend_pid()").Scan(&pid); err != nil || fmt.Sprint(pid) != backend {
+		t.Errorf("backend %d answers, %s was cancelled: %v", pid, backend, err)
 	}
 }
 
 // One psql session, one backend, while both ends' credentials are renewed over
 // and over: nothing is dialled anew.
 func TestAPsqlSessionOutlivesTwentyRenewals(t *testing.T) {
+	t.Parallel()
 	db := postgres(t, 20)
 	h := newHouse(t, "--credential-ttl", "2s")
 	h.enroll("db1", "--serve", "db")

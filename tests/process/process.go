@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -140,6 +141,13 @@ func (p *Process) tail() string {
 		return "; it printed nothing"
 	}
 	return "; it printed:\n\t" + strings.Join(last, "\n\t")
+}
+
+// Lines are those that the program has printed so far, the last 1,000 of them.
+func (p *Process) Lines() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.lines)
 }
 
 // Done is closed when the program has ended.

@@ -1,0 +1,282 @@
+package journeys_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/portal-tunnel/portal/tests/process"
+)
+
+// free is an address of loopback where nobody listens.
+func free(t testing.TB) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+func TestAConnectionThatComesBeforeTheOutletIsHeldAndThenServed(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	h := newHouse(t)
+	h.enroll("db1", "--serve", "db")
+	h.enroll("bot", "--attr", "role=agent")
+	lanes := free(t)
+	in, addr := h.inlet("bot", "0", lanes, "--hold", "60s")
+	h.line(in, `inlet db waiting: .*; next try in `)
+	c := dial(t, addr, []byte("E"))
+	h.outlet(lanes, s.addr())
+	if err := echo(c); err != nil {
+		t.Fatal(err)
+	}
+	h.line(in, `inlet db ready direct`)
+}
+
+func TestAConnectionIsResetWhenItWasHeldInVain(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.enroll("bot", "--attr", "role=agent")
+	in, addr := h.inlet("bot", "0", free(t), "--hold", "300ms")
+	h.line(in, `inlet db waiting: `)
+	start := time.Now()
+	wantReset(t, addr)
+	if held := time.Since(start); held < 300*time.Millisecond {
+		t.Errorf("it was held for %v only", held)
+	}
+}
+
+func TestAnOutletThatIsToldToEndWaitsForItsStreams(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	w := newWay(t, s.addr())
+	c := dial(t, w.addr, []byte("S"))
+	if _, err := c.Write(pattern()[:transfer/2]); err != nil {
+		t.Fatal(err)
+	}
+	ready(t, w.addr) // the stream before has been opened then, in their order
+	terminate(t, w.out)
+	w.line(w.out, `draining 1 stream for 25 s`)
+	// Both directions still work, and the stream ends as its ends wish.
+	if _, err := c.Write(pattern()[transfer/2:]); err != nil {
+		t.Fatal(err)
+	}
+	c.(halfCloser).CloseWrite()
+	got, err := io.ReadAll(c)
+	if want := sha256.Sum256(pattern()); err != nil || !bytes.Equal(got, want[:]) {
+		t.Errorf("%d bytes of an answer, %v", len(got), err)
+	}
+	wantStatus(t, w.out, 0)
+}
+
+func TestAnOutletWhoseStreamsOutliveTheGraceTimeResetsThem(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	h := newHouse(t)
+	h.enroll("db1", "--serve", "db")
+	h.enroll("bot", "--attr", "role=agent")
+	out, lanes := h.outlet("127.0.0.1:0", s.addr(), "--grace", "1s")
+	_, addr := h.inlet("bot", "0", lanes)
+	c := dial(t, addr, []byte("E"))
+	if err := echo(c); err != nil {
+		t.Fatal(err)
+	}
+	terminate(t, out)
+	if n, err := c.Read(make([]byte, 1)); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the client read %d bytes and %v, not a reset", n, err)
+	}
+	wantStatus(t, out, 5)
+}
+
+func terminate(t testing.TB, p *process.Process) {
+	t.Helper()
+	if err := syscall.Kill(p.Pid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantStatus waits for the end of a program that was told to.
+func wantStatus(t testing.TB, p *process.Process, want int) {
+	t.Helper()
+	select {
+	case <-p.Done():
+	case <-time.After(patience):
+		t.Fatalf("%s goes on", p.Name)
+	}
+	got := 0
+	if err := p.Stop(patience); err != nil {
+		exit := (*exec.ExitError)(nil)
+		if !errors.As(err, &exit) {
+			t.Fatal(err)
+		}
+		got = exit.ExitCode()
+	}
+	if got != want {
+		t.Errorf("%s ended with %d, not %d", p.Name, got, want)
+	}
+}
+
+func TestUnixSocketsCarryHalfClosesOnBothSides(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.enroll("db1", "--serve", "db")
+	h.enroll("bot", "--attr", "role=agent")
+	// Not below the test's directory: a socket's path has at most 107 bytes.
+	dir, err := os.MkdirTemp("", "portal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	target, from := "unix:"+filepath.Join(dir, "target"), "unix:"+filepath.Join(dir, "inlet")
+	s, err := serveOn(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	_, lanes := h.outlet("127.0.0.1:0", target)
+	_, addr := h.inlet("bot", from, lanes)
+	if addr != from {
+		t.Fatalf("the inlet listens on %s, not %s", addr, from)
+	}
+	if info, err := os.Stat(strings.TrimPrefix(from, "unix:")); err != nil || info.Mode().Perm() != 0o600 {
+		t.Fatalf("the socket: %v, %v", info, err)
+	}
+	c := dial(t, addr, []byte("S"))
+	if _, err := c.Write(pattern()); err != nil {
+		t.Fatal(err)
+	}
+	c.(halfCloser).CloseWrite()
+	got, err := io.ReadAll(c)
+	if want := sha256.Sum256(pattern()); err != nil || !bytes.Equal(got, want[:]) {
+		t.Fatalf("%d bytes of an answer, %v", len(got), err)
+	}
+	number, first := s.numbered('H')
+	c = dial(t, addr, first)
+	if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, pattern()) {
+		t.Fatalf("%d bytes from the service, %v", len(got), err)
+	}
+	c.(halfCloser).CloseWrite()
+	if got, ok := s.result(number, patience); !ok || got.err != nil || len(got.bytes) != 0 {
+		t.Fatalf("the service read %d bytes, %v", len(got.bytes), got.err)
+	}
+}
+
+// A command for each stream, each with its own input and output; it ends with its stream, however
+// that ends, and nothing of it is left.
+func TestACommandOfAStreamEndsWithTheStream(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.enroll("db1", "--serve", "db")
+	h.enroll("bot", "--attr", "role=agent")
+	out, lanes := h.outlet("127.0.0.1:0", "", "--", "sh", "-c", "cat; echo over")
+	_, addr := h.inlet("bot", "0", lanes)
+	whole := func() {
+		t.Helper()
+		sent := pattern()[:64<<10]
+		c := dial(t, addr, sent)
+		c.(halfCloser).CloseWrite()
+		if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, append(sent[:len(sent):len(sent)], "over\n"...)) {
+			t.Fatalf("%d bytes came back, %v", len(got), err)
+		}
+		c.Close()
+	}
+	whole()
+	before := settled(t, out, 0)
+	const n = 20
+	var conns []net.Conn
+	for range n {
+		c := dial(t, addr, nil)
+		if err := echo(c); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	if got := len(children(t, out)); got != n {
+		t.Errorf("%d processes for %d streams", got, n)
+	}
+	for i, c := range conns {
+		if i%2 == 0 {
+			c.(*net.TCPConn).SetLinger(0)
+		}
+		c.Close()
+	}
+	settled(t, out, before)
+	for end := time.Now().Add(patience); len(children(t, out)) > 0; {
+		if time.Now().After(end) {
+			t.Fatalf("processes %v are left", children(t, out))
+		}
+	}
+	whole()
+}
+
+// children are a process's children, dead ones that were not waited for among them.
+func children(t testing.TB, p *process.Process) []string {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.Pid()))
+	if err != nil || len(threads) == 0 {
+		t.Fatalf("the children of %s cannot be counted: %v", p.Name, err)
+	}
+	var all []string
+	for _, file := range threads {
+		b, err := os.ReadFile(file)
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+		all = append(all, strings.Fields(string(b))...)
+	}
+	return all
+}
+
+func TestInletsOfOneHomeShareItsRenewals(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	h := newHouse(t, "--credential-ttl", "2s")
+	h.enroll("db1", "--serve", "db")
+	h.enroll("bot", "--attr", "role=agent")
+	_, lanes := h.outlet("127.0.0.1:0", s.addr())
+	var conns []net.Conn
+	for range 2 {
+		_, addr := h.inlet("bot", "0", lanes)
+		c := dial(t, addr, []byte("E"))
+		if err := echo(c); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	serial := func() string {
+		t.Helper()
+		var list []struct{ Serial string }
+		if err := json.Unmarshal([]byte(h.run("bot", "credential", "list", "-o", "json")), &list); err != nil || len(list) != 1 {
+			t.Fatalf("%v: %v", list, err)
+		}
+		return list[0].Serial
+	}
+	last, renewals := serial(), 0
+	for end := time.Now().Add(patience); renewals < 4; {
+		if now := serial(); now != last {
+			last, renewals = now, renewals+1
+		}
+		for i, c := range conns {
+			if err := echo(c); err != nil {
+				t.Fatalf("inlet %d after %d renewals: %v", i+1, renewals, err)
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d renewals", renewals)
+		}
+	}
+}
