@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -83,6 +85,29 @@ func upload(t testing.TB, s *service, addr string, sure bool) error {
 		return fmt.Errorf("the service read %w", err)
 	}
 	return nil
+}
+
+// Without a tunnel a cut by FIN is a clean end: were that not noticed, no other test here would mean
+// anything.
+func TestACutThatLooksLikeAnEndIsNoticed(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	p, err := fault.New(s.addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	p.Arm(fault.FIN, fault.In, transfer/2)
+	if err := download(t, s, p.Addr(), mark{}); err == nil || !strings.Contains(err.Error(), "clean end after 524288 bytes") {
+		t.Errorf("the check says %v", err)
+	}
+	b := pattern()
+	b[transfer/2] ^= 1
+	for _, wrong := range []received{{b, syscall.ECONNRESET}, {append(pattern(), 0), syscall.ECONNRESET}, {nil, nil}, {nil, os.ErrDeadlineExceeded}} {
+		if check(wrong) == nil {
+			t.Errorf("%d bytes and %v pass the check", len(wrong.bytes), wrong.err)
+		}
+	}
 }
 
 func TestACutOnTheWayIsAnExactPrefixAndThenAReset(t *testing.T) {
