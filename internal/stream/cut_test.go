@@ -195,6 +195,7 @@ func TestStreamThatIsOverOnTheWireOutlivesTheChannel(t *testing.T) {
 			go func() { joined <- c.Join(local) }()
 			d.Write(data)
 			d.CloseWrite()
+			synctest.Wait() // the last of it is being written
 			app.CloseWrite()
 			synctest.Wait()
 			w.a.Cut()

@@ -275,6 +275,7 @@ func TestSlowCloseOfAConnectionHoldsNobodyUp(t *testing.T) {
 		joined := make(chan error, 1)
 		go func() { joined <- c.Join(local) }()
 		e, g := w.open()
+		synctest.Wait()
 		d.Reset(stream.CodeRevoked, "over")
 		synctest.Wait()
 		go g.Write([]byte("x"))

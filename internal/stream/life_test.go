@@ -422,6 +422,12 @@ func TestCloseWhileAWriteWaits(t *testing.T) {
 				if took := time.Since(start); took != 0 {
 					t.Errorf("Close waited %v", took)
 				}
+				if what == "its turn in the lane" {
+					synctest.Wait()
+					if len(counted) == 0 {
+						t.Error("the Write goes on waiting")
+					}
+				}
 				if what != "credit" {
 					w.a.Resume()
 				}

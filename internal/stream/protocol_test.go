@@ -254,9 +254,11 @@ func TestFramesForDeadIDsAreDropped(t *testing.T) {
 		p.send(late(1)...)
 		(<-p.incoming).Refuse(stream.CodeRefused, "") // 3: refused
 		p.send(late(3)...)
-		c := (<-p.incoming).Accept() // 5: over in good order
+		c := (<-p.incoming).Accept() // 5: over in good order, and unread
 		c.CloseWrite()
-		p.send(frame{end, 5, u64(0)})
+		p.send(frame{data, 5, []byte("12345")}, frame{end, 5, u64(5)})
+		p.send(late(5)...)
+		wholeThenEnd(t, "stream 5", c, []byte("12345"))
 		p.send(late(5)...)
 		p.send(frame{reset, 7, []byte{8}}) // 7: reset by the peer
 		p.send(late(7)...)

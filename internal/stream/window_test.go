@@ -253,15 +253,19 @@ func TestBudgetOfTheNode(t *testing.T) {
 	t.Run("at twice it the stream that holds most is reset", func(t *testing.T) {
 		virtual(t, memnet.Link{}, small(), func(w *world) {
 			c, d := w.open()
-			grow(w, c, d, limit/2)
+			grow(w, c, d, limit)
 			e, g := w.open()
 			grow(w, e, g, 3*limit)
-			go pour(c)
+			c.Write(make([]byte, limit/2))
+			e.Write(make([]byte, limit+limit/2))
 			synctest.Wait()
-			go pour(e)
-			synctest.Wait()
-			if n := w.y.budget.Held(); n > 2*limit {
+			if n := w.y.budget.Held(); n != 2*limit {
 				t.Errorf("%d KiB are held", n>>10)
+			}
+			c.Write([]byte("x"))
+			synctest.Wait()
+			if n := w.y.budget.Held(); n != limit/2+1 {
+				t.Errorf("%d KiB are held after one is reset", n>>10)
 			}
 			var reset *stream.ResetError
 			if _, err := g.Read(make([]byte, 1)); !errors.As(err, &reset) || reset.Code != stream.CodeBusy {
@@ -295,6 +299,10 @@ func TestBudgetOfTheNode(t *testing.T) {
 	t.Run("across channels, also ended ones", func(t *testing.T) {
 		l := small()
 		virtual(t, memnet.Link{}, l, func(w *world) {
+			a, b := memnet.Pipe(memnet.Link{})
+			x, y, incoming := pair(t, a, b, stream.Limits{Budget: l.Budget})
+			e, g := open(t, x, incoming)
+			grow(w, e, g, 3*limit)
 			c, d := ballast(w, limit+limit/2)
 			c.CloseWrite()
 			d.CloseWrite()
@@ -304,8 +312,6 @@ func TestBudgetOfTheNode(t *testing.T) {
 			if n := l.Budget.Held(); n != limit+limit/2 {
 				t.Fatalf("%d KiB are held", n>>10)
 			}
-			a, b := memnet.Pipe(memnet.Link{})
-			x, y, incoming := pair(t, a, b, stream.Limits{Budget: l.Budget})
 			s, err := x.mux.Open(stream.Header{Kind: stream.Bytes})
 			if err != nil {
 				t.Fatal(err)
@@ -313,8 +319,14 @@ func TestBudgetOfTheNode(t *testing.T) {
 			if err := s.Wait(context.Background()); !errors.Is(err, syscall.ECONNREFUSED) {
 				t.Errorf("the answer is %v", err)
 			}
-			_ = incoming
-			d.Reset(stream.CodeLocal, "")
+			e.Write(make([]byte, limit))
+			synctest.Wait()
+			if n := l.Budget.Held(); n != limit {
+				t.Errorf("%d KiB are held", n>>10)
+			}
+			if _, err := d.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the one that holds most reads %v", err)
+			}
 			stop(t, x, y)
 		})
 	})
