@@ -184,7 +184,8 @@ func TestACommandOfAStreamEndsWithTheStream(t *testing.T) {
 	h.enroll("db1", "--serve", "db")
 	h.enroll("bot", "--attr", "role=agent")
 	out, lanes := h.outlet("127.0.0.1:0", "", "--", "sh", "-c", "cat; echo over")
-	_, addr := h.inlet("bot", "0", lanes)
+	in, addr := h.inlet("bot", "0", lanes)
+	h.line(in, `inlet db ready direct`) // the outlet has the channel's descriptor
 	whole := func() {
 		t.Helper()
 		sent := pattern()[:64<<10]
