@@ -19,9 +19,9 @@ const (
 	maxQueued = 2
 
 	// maxControl bounds the control frames that wait for a lane which takes
-	// nothing: a credit or an answer for each open stream (16,384 a channel) and
-	// 64 besides.
-	maxControl = 16384 + 64
+	// nothing: an answer, a credit and a reset for each stream that may be open
+	// (16,384 a channel), and 64 besides.
+	maxControl = 3*16384 + 64
 
 	// smallFrame is up to where a frame is copied next to others into one
 	// record: copying 2 KiB costs less than a record and a write of its own.
