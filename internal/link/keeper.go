@@ -90,6 +90,7 @@ type Keeper struct {
 	state   State
 	changed chan struct{} // closed and replaced with each change
 	kick    chan struct{}
+	wanted  chan struct{} // somebody waits in Get
 	took    []time.Duration // measured connect time by path; the loop's
 	retired map[*Live]struct{}
 	old     sync.WaitGroup // the retired channels, whose streams finish
@@ -106,6 +107,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		k.kick = make(chan struct{}, 1)
 	}
 	k.retired = make(map[*Live]struct{})
+	k.wanted = make(chan struct{}, 1)
 	k.mu.Unlock()
 	k.took = make([]time.Duration, len(k.Paths))
 	stop := k.Config.Self.OnChange(k.Kick)
@@ -368,13 +370,26 @@ func (k *Keeper) Kick() {
 	}
 }
 
+// pause waits before the next dial. Somebody who waits in Get makes it short:
+// the long pauses are for nobody's sake.
 func (k *Keeper) pause(ctx context.Context, d time.Duration) {
+	begin := time.Now()
 	t := time.NewTimer(d)
 	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
-	case <-k.kick:
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			return
+		case <-k.kick:
+			return
+		case <-k.wanted:
+			if soon := jitter(youngWait); soon < d {
+				d = soon
+				t.Reset(max(d-time.Since(begin), 0))
+			}
+		}
 	}
 }
 
@@ -403,7 +418,8 @@ func (k *Keeper) State() State {
 	return k.state
 }
 
-// Get returns the live channel and waits for one while there is none. A
+// Get returns the live channel and waits for one while there is none; who waits
+// is dialled for at least about twice a second. A
 // refusal is returned at once: waiting would not change it.
 func (k *Keeper) Get(ctx context.Context) (*Live, error) {
 	for {
@@ -411,7 +427,7 @@ func (k *Keeper) Get(ctx context.Context) (*Live, error) {
 		if k.changed == nil {
 			k.changed = make(chan struct{})
 		}
-		l, s, changed := k.live, k.state, k.changed
+		l, s, changed, wanted := k.live, k.state, k.changed, k.wanted
 		k.mu.Unlock()
 		switch {
 		case l != nil:
@@ -420,6 +436,10 @@ func (k *Keeper) Get(ctx context.Context) (*Live, error) {
 			return nil, s.Err
 		case s.Kind == Draining:
 			return nil, errors.New("this end is going away")
+		}
+		select {
+		case wanted <- struct{}{}: // nil before Run: there is no pause yet
+		default:
 		}
 		select {
 		case <-changed:

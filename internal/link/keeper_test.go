@@ -350,3 +350,24 @@ func TestRunEndsAStreamThatNobodyReads(t *testing.T) {
 		stopServer()
 	})
 }
+
+func TestWhoWaitsForAChannelIsNotLeftToTheLongPauses(t *testing.T) {
+	in(t, func(w *town) {
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		w.sleep(10 * time.Minute) // nobody is there: dials are half a minute apart
+		before := w.dialled()
+		w.sleep(time.Minute)
+		if n := w.dialled() - before; n > 5 {
+			t.Errorf("%d dials in a minute for nobody", n)
+		}
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		began := time.Now()
+		w.get(k)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("a client that came waited %v for an outlet that was there", took)
+		}
+		stop()
+		stopServer()
+	})
+}
