@@ -10,7 +10,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/stream"
 )
 
-// look is how often a channel's credentials are compared with the wall clock.
+// look is how often a channel's credentials are compared with the clocks.
 // An end is noticed within it; two seconds are promised.
 const look = time.Second
 
@@ -46,6 +46,7 @@ func (d *demand) hold(l *link.Live) {
 		defer stop()
 		t := time.NewTicker(look)
 		defer t.Stop()
+		var theirs, ours term
 		for {
 			select {
 			case <-l.Done():
@@ -57,7 +58,12 @@ func (d *demand) hold(l *link.Live) {
 				}
 			case <-t.C:
 			}
-			if err := d.server.expired(l); err != nil {
+			now := d.server.now()
+			err := theirs.over("the outlet's credential", l.Peer().Until(), now)
+			if c := d.server.Self.Credential(); err == nil && c != nil {
+				err = ours.over("our credential", c.Expires, now)
+			}
+			if err != nil {
 				d.end(l, stream.CodeExpired, err)
 				return
 			}
@@ -71,18 +77,29 @@ func (d *demand) end(l *link.Live, code stream.Code, err error) {
 	l.Close(&channel.Refused{Err: err})
 }
 
-// expired says which of the two credentials has ended, by the wall clock.
-func (s *Server) expired(l *link.Live) error {
-	now := time.Now()
+// term is the end of a credential by both clocks, noted when it is first seen:
+// a wall clock set back does not extend it, and one set ahead, or a machine that
+// slept, ends it. internal/lease keeps its leases so too.
+type term struct {
+	until time.Time // wall
+	end   time.Time // monotonic
+}
+
+// over returns an error when the credential that ends at until is over.
+func (t *term) over(whose string, until, now time.Time) error {
+	if !t.until.Equal(until) {
+		t.until, t.end = until, time.Now().Add(until.Sub(now))
+	}
+	if now.Before(until) && time.Now().Before(t.end) {
+		return nil
+	}
+	return fmt.Errorf("%s expired at %s", whose, until.UTC().Format(time.RFC3339))
+}
+
+// now is the wall clock, without the monotonic reading.
+func (s *Server) now() time.Time {
 	if s.Now != nil {
-		now = s.Now()
+		return s.Now().Round(0)
 	}
-	now = now.Round(0) // without the monotonic reading, which stands still in sleep
-	if until := l.Peer().Until(); !now.Before(until) {
-		return fmt.Errorf("the outlet's credential expired at %s", until.UTC().Format(time.RFC3339))
-	}
-	if c := s.Self.Credential(); c != nil && !now.Before(c.Expires) {
-		return fmt.Errorf("our credential expired at %s", c.Expires.UTC().Format(time.RFC3339))
-	}
-	return nil
+	return time.Now().Round(0)
 }

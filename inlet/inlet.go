@@ -286,54 +286,29 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
 	var all sync.WaitGroup
-	failed := s.accept(ctx, ln, &all)
+	failed := link.Accept(ctx, ln, s.log, func(c net.Conn) {
+		stream.Arm(c)
+		// One connection waits here for its place, which any listener may free;
+		// those behind it wait in the kernel's backlog, where they cost nothing.
+		select {
+		case s.slots <- struct{}{}:
+		case <-ctx.Done():
+			stream.Abort(c)
+			return
+		}
+		s.count(1, 1)
+		all.Go(func() {
+			s.serve(ctx, c)
+			s.count(-1, 0)
+			<-s.slots
+		})
+	})
 	ln.Close()
 	all.Wait()
 	s.mu.Lock()
 	delete(s.serving, me)
 	s.mu.Unlock()
 	return failed
-}
-
-func (s *Server) accept(ctx context.Context, ln net.Listener, all *sync.WaitGroup) error {
-	for pause := time.Duration(0); ; {
-		c, err := ln.Accept()
-		if err == nil {
-			pause = 0
-			stream.Arm(c)
-			// One connection waits here for its place, which any listener may free;
-			// those behind it wait in the kernel's backlog, where they cost nothing.
-			select {
-			case s.slots <- struct{}{}:
-			case <-ctx.Done():
-				stream.Abort(c)
-				return nil
-			}
-			s.count(1, 1)
-			all.Go(func() {
-				s.serve(ctx, c)
-				s.count(-1, 0)
-				<-s.slots
-			})
-			continue
-		}
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		var temporary interface{ Temporary() bool }
-		if !errors.As(err, &temporary) || !temporary.Temporary() {
-			return fmt.Errorf("accepting connections on %v: %w", ln.Addr(), err)
-		}
-		// Out of descriptors: wait for some to come back.
-		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-		s.log.Warn("accepting connections", "err", err, "again in", pause)
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-		}
-	}
 }
 
 // count keeps the numbers of local connections and of those without a stream.

@@ -8,12 +8,14 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/net/nettest"
 
+	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/outlet"
@@ -139,4 +141,32 @@ func TestDialAndListenAreNetConns(t *testing.T) {
 			h.stop()
 		}, err
 	})
+}
+
+// The outlet would end the stream too: what is looked at is the inlet's channel.
+func TestAWallClockSetBackDoesNotExtendTheOutletsCredential(t *testing.T) {
+	var back atomic.Int64
+	authority, err := identity.NewSelf()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := build(t, outlet.TCP(echo(t)), "agent", func(o *outlet.Server, in *inlet.Server) {
+		o.Self = member(t, authority, identity.Attributes{"name": "db1", "serve": []string{"db"}}, 3*time.Second)
+		in.Self = member(t, authority, identity.Attributes{"name": "bot", "role": "agent"}, time.Hour)
+		o.Trust, in.Trust = identity.NewTrust(authority.ID()), identity.NewTrust(authority.ID())
+		in.Now = func() time.Time { return time.Now().Add(-time.Duration(back.Load())) }
+	})
+	h.await(t, link.Ready)
+	back.Store(int64(time.Hour))
+	limit := time.After(30 * time.Second)
+	for {
+		select {
+		case s := <-h.states:
+			if strings.Contains(s.Reason, "the outlet's credential expired") {
+				return
+			}
+		case <-limit:
+			t.Fatal("the channel outlived the outlet's credential")
+		}
+	}
 }

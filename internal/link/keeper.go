@@ -90,7 +90,7 @@ type Keeper struct {
 	state   State
 	changed chan struct{} // closed and replaced with each change
 	kick    chan struct{}
-	wanted  chan struct{} // somebody waits in Get
+	wanted  chan struct{}   // somebody waits in Get
 	took    []time.Duration // measured connect time by path; the loop's
 	retired map[*Live]struct{}
 	old     sync.WaitGroup // the retired channels, whose streams finish

@@ -76,30 +76,36 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		end()
 		all.Wait()
 	}()
+	err := Accept(ctx, ln, log, func(c net.Conn) {
+		s.enter(c)
+		all.Go(func() { s.lane(lanes, c, log) })
+	})
+	if err == nil && ctx.Err() == nil && s.draining() { // what was accepted goes on
+		<-ctx.Done()
+	}
+	return err
+}
+
+// Accept gives each connection of ln to f until ln is closed, which the end of
+// ctx does too and is no error. A process that is out of descriptors waits for
+// some to come back.
+func Accept(ctx context.Context, ln net.Listener, log *slog.Logger, f func(net.Conn)) error {
 	for pause := time.Duration(0); ; {
 		c, err := ln.Accept()
 		if err == nil {
 			pause = 0
-			s.enter(c)
-			all.Go(func() { s.lane(lanes, c, log) })
+			f(c)
 			continue
 		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if errors.Is(err, net.ErrClosed) {
-			if s.draining() { // what was accepted goes on
-				<-ctx.Done()
-			}
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 			return nil
 		}
 		var temporary interface{ Temporary() bool }
 		if !errors.As(err, &temporary) || !temporary.Temporary() {
-			return fmt.Errorf("accepting lanes on %v: %w", ln.Addr(), err)
+			return fmt.Errorf("accepting connections on %v: %w", ln.Addr(), err)
 		}
-		// Out of descriptors: wait for some to come back.
 		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-		log.Warn("accepting lanes", "err", err, "again in", pause)
+		log.Warn("accepting connections", "on", ln.Addr(), "err", err, "again in", pause)
 		t := time.NewTimer(pause)
 		select {
 		case <-t.C:
