@@ -205,6 +205,7 @@ var (
 type targets struct {
 	mu    sync.Mutex
 	dials int
+	link  memnet.Link
 	serve func(c *memnet.Conn)
 }
 
@@ -220,7 +221,7 @@ func (s *targets) dial(context.Context, *outlet.Request) (net.Conn, error) {
 	s.mu.Lock()
 	s.dials++
 	s.mu.Unlock()
-	a, b := memnet.Pipe(memnet.Link{})
+	a, b := memnet.Pipe(s.link)
 	go s.serve(b)
 	return a, nil
 }
