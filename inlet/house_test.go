@@ -2,14 +2,19 @@ package inlet_test
 
 import (
 	"context"
+	"errors"
+	"io"
 	"net"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/outlet"
 	"github.com/portal-tunnel/portal/routing"
 )
@@ -56,6 +61,8 @@ func listen(t testing.TB) net.Listener {
 	return ln
 }
 
+type dialer func(ctx context.Context, network, addr string) (net.Conn, error)
+
 // build starts an outlet named db for target and an inlet to it. The inlet's
 // member has the attribute role.
 func build(t testing.TB, target outlet.Target, role string, change func(*outlet.Server, *inlet.Server)) *house {
@@ -64,6 +71,13 @@ func build(t testing.TB, target outlet.Target, role string, change func(*outlet.
 	if err != nil {
 		t.Fatal(err)
 	}
+	lanes, local := listen(t), listen(t)
+	return raise(t, authority, lanes, local, new(net.Dialer).DialContext, target, role, change)
+}
+
+// raise is build between any two listeners.
+func raise(t testing.TB, authority *identity.Self, lanes, local net.Listener, dial dialer, target outlet.Target, role string, change func(*outlet.Server, *inlet.Server)) *house {
+	t.Helper()
 	allow, err := abac.Short("open", "db", `principal.role == "agent"`)
 	if err != nil {
 		t.Fatal(err)
@@ -74,14 +88,13 @@ func build(t testing.TB, target outlet.Target, role string, change func(*outlet.
 		Self:  member(t, authority, identity.Attributes{"name": "db1", "serve": []string{"db"}}, time.Hour),
 		Trust: identity.NewTrust(authority.ID()),
 	}
-	lanes, local := listen(t), listen(t)
 	h.addr = local.Addr().String()
 	h.inlet = &inlet.Server{
 		Node: new(routing.Node), Name: "db",
 		Self:  member(t, authority, identity.Attributes{"name": "bot", "role": role}, time.Hour),
 		Trust: identity.NewTrust(authority.ID()),
 		Paths: []inlet.Path{{Name: "direct " + lanes.Addr().String(), Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", lanes.Addr().String())
+			return dial(ctx, "tcp", lanes.Addr().String())
 		}}},
 		OnState: func(s inlet.State) {
 			select {
@@ -109,4 +122,81 @@ func build(t testing.TB, target outlet.Target, role string, change func(*outlet.
 	})
 	t.Cleanup(h.stop)
 	return h
+}
+
+// street is a house in virtual time: its sockets and its target are in memory.
+type street struct {
+	testing.TB
+	*house
+	net memnet.Network
+}
+
+// virtual runs f beside a house in virtual time, and then ends it. Nothing may be
+// left: no goroutine, which the bubble sees to, no stream and no actor.
+func virtual(t *testing.T, role string, change func(*outlet.Server, *inlet.Server), f func(s *street)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		s := &street{TB: t}
+		authority, err := identity.NewSelf()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.house = raise(t, authority, s.listen("10.0.0.2:1"), s.listen("10.0.0.3:1"), s.net.Dial, echoing, role, change)
+		f(s)
+		s.stop()
+		if n := s.inlet.Streams() + s.inlet.Node.Len() + s.outlet.Node.Len(); n != 0 {
+			t.Errorf("%d streams and actors are left", n)
+		}
+	})
+}
+
+func (s *street) listen(addr string) net.Listener {
+	s.Helper()
+	ln, err := s.net.Listen(addr)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return ln
+}
+
+// echoing is a target in memory.
+func echoing(context.Context, *outlet.Request) (net.Conn, error) {
+	a, b := memnet.Pipe(memnet.Link{})
+	go func() {
+		io.Copy(b, b)
+		b.CloseWrite()
+		b.Close()
+	}()
+	return a, nil
+}
+
+// connect is a local client whose stream has come out at the target.
+func (s *street) connect() *memnet.Conn {
+	s.Helper()
+	c, err := s.net.Dial(s.Context(), "mem", s.addr)
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.echoes(c)
+	return c.(*memnet.Conn)
+}
+
+func (s *street) echoes(c io.ReadWriter) {
+	s.Helper()
+	got := make([]byte, 5)
+	_, err := c.Write([]byte("hello"))
+	if err == nil {
+		_, err = io.ReadFull(c, got)
+	}
+	if err != nil || string(got) != "hello" {
+		s.Fatalf("%q came back: %v", got, err)
+	}
+}
+
+// isReset fails the test unless the next that c reads is a reset.
+func (s *street) isReset(c io.Reader) {
+	s.Helper()
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		s.Errorf("read %d bytes, %v; want a reset", n, err)
+	}
 }

@@ -17,10 +17,7 @@ import (
 // Idle streams are held, cost little, and leave nothing behind: no descriptor, and no goroutine
 // that a pair of processes which served a single stream has not.
 func TestIdleStreamsAreHeldAndLeaveNothingBehind(t *testing.T) {
-	n := 2000
-	if long() {
-		n = 10000
-	}
+	const n = 10000
 	// Elsewhere than here: one process may not have the descriptors for both ends of all.
 	s, err := process.Start("the service", asService())
 	if err != nil {
