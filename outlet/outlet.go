@@ -192,6 +192,10 @@ func (s *Server) admit(l *link.Live, in *stream.Incoming) {
 		in.Refuse(stream.CodeRefused, "an outlet does not serve this")
 		return
 	}
+	if len(in.Header.Body) != 0 {
+		in.Refuse(stream.CodeRefused, "an outlet knows no header with a body")
+		return
+	}
 	a := &admitted{server: s, live: l, in: in}
 	// Whatever the name, the policy for ours is asked: to whoever may not open
 	// that, every name has the same answer.
@@ -251,7 +255,6 @@ type admitted struct {
 	mu     sync.Mutex
 	conn   *stream.Conn       // once it is accepted
 	cancel context.CancelFunc // ends the dial
-	look   *time.Timer        // for an opener that gives up while the target is dialled
 	ended  error              // why the stream may not go on
 }
 
@@ -376,10 +379,6 @@ func (a *admitted) asked() *Request {
 	return &Request{Name: a.server.Name, Peer: a.live.Peer(), Stream: a.in.Stream()}
 }
 
-// gone is how soon it is noticed that the opener of a stream has given up while
-// its target is dialled.
-const gone = 100 * time.Millisecond
-
 // dial reaches the target within the limit, and no longer than anybody wants it.
 func (a *admitted) dial() (net.Conn, error) {
 	s := a.server
@@ -387,22 +386,21 @@ func (a *admitted) dial() (net.Conn, error) {
 	defer cancel()
 	a.mu.Lock()
 	a.cancel = cancel
-	if a.ended != nil {
-		a.mu.Unlock()
-		return nil, a.ended
+	ended := a.ended
+	a.mu.Unlock()
+	if ended != nil {
+		return nil, ended
 	}
-	a.look = time.AfterFunc(gone, func() {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if a.in.Gone() {
+	var watch sync.WaitGroup
+	defer watch.Wait() // behind cancel: deferred calls run backwards
+	defer cancel()
+	watch.Go(func() {
+		select {
+		case <-a.in.Done(): // the opener gave up
 			cancel()
-		} else if ctx.Err() == nil {
-			a.look.Reset(gone)
+		case <-ctx.Done():
 		}
 	})
-	look := a.look
-	a.mu.Unlock()
-	defer look.Stop()
 	return s.Target(ctx, a.asked())
 }
 

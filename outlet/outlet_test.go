@@ -55,6 +55,19 @@ func TestThePolicyDecidesEachOpenBeforeTheTargetIsDialled(t *testing.T) {
 	})
 }
 
+func TestAHeaderWithABodyIsRefused(t *testing.T) {
+	db := echoing()
+	virtual(t, db.dial, nil, func(y *yard) {
+		c, err := y.call(agent).Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db", Body: []byte{0}})
+		if err == nil {
+			err = c.Wait(context.Background())
+		}
+		if code(err) != stream.CodeRefused || db.count() != 0 {
+			t.Errorf("%v, %d dials", err, db.count())
+		}
+	})
+}
+
 func TestAnotherNameHasTheSameAnswerAsAPolicyRefusal(t *testing.T) {
 	for _, attrs := range []identity.Attributes{guest, {"team": "sales"}} {
 		virtual(t, echoing().dial, nil, func(y *yard) {

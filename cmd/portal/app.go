@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/portal-tunnel/portal/inlet"
 	"github.com/urfave/cli/v2"
 )
 
@@ -264,7 +265,7 @@ func newApp(s *session) *cli.App {
 					&cli.StringFlag{Name: "mode", Value: "0600", Usage: "who may open a Unix socket, as octal `MODE`"},
 					&cli.StringFlag{Name: "group", Usage: "the Unix socket's `GROUP`"},
 					&cli.DurationFlag{Name: "hold", Value: 5 * time.Second, Usage: "hold a connection that comes too early for `TIME`, then reset it"},
-					&cli.IntFlag{Name: "max-streams", Value: 4096, Usage: "connections at once"},
+					&cli.IntFlag{Name: "max-streams", Value: inlet.DefaultStreams, Usage: "connections at once"},
 					graceFlag(),
 				}, membershipFlags()),
 				Action: s.long(1, 1, func(ctx context.Context, c *cli.Context) error {

@@ -452,11 +452,18 @@ func (i *Incoming) Refuse(code Code, reason string) {
 	c.mux.refused.Add(1)
 }
 
+// Done is closed when the opener has given up, or the channel has ended, before an
+// answer; and for an accepted stream when nothing of it is left here.
+func (i *Incoming) Done() <-chan struct{} { return i.conn.done }
+
 // Gone reports whether the opener has given up meanwhile.
 func (i *Incoming) Gone() bool {
-	i.conn.recv.Lock()
-	defer i.conn.recv.Unlock()
-	return i.conn.over()
+	select {
+	case <-i.conn.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // key names a control frame's slot: one for each kind and stream.
