@@ -194,8 +194,21 @@ func Parse(name string, src []byte) (*Policy, error) {
 // were text. Errors are of type [*SyntaxError] and show the user's own text; their
 // Name is empty, for the caller to set to the flag.
 func Short(action, resource, expr string) (*Policy, error) {
+	return short(action, expr, func(p *ast.Policy) *ast.Policy {
+		return p.ResourceEq(cedar.NewEntityUID(typeName, cedar.String(resource)))
+	})
+}
+
+// ShortAny is Short for every resource, as --allow-serve and --allow-connect take
+// it.
+func ShortAny(action, expr string) (*Policy, error) {
+	return short(action, expr, func(p *ast.Policy) *ast.Policy { return p })
+}
+
+// short scopes the expression to the action, and by scope to a resource.
+func short(action, expr string, scope func(*ast.Policy) *ast.Policy) (*Policy, error) {
 	if !slices.Contains(actions, action) {
-		return nil, fmt.Errorf("making a policy for %q: unknown action %q", resource, action)
+		return nil, fmt.Errorf("making a policy: unknown action %q", action)
 	}
 	t, err := scan("", expr, maxShort)
 	if err != nil {
@@ -216,10 +229,7 @@ func Short(action, resource, expr string) (*Policy, error) {
 	if err := t.check(); err != nil {
 		return nil, err
 	}
-	p := ast.Permit().
-		ActionEq(cedar.NewEntityUID(typeAction, cedar.String(action))).
-		ResourceEq(cedar.NewEntityUID(typeName, cedar.String(resource))).
-		When(ast.NewNode(condition))
+	p := scope(ast.Permit().ActionEq(cedar.NewEntityUID(typeAction, cedar.String(action)))).When(ast.NewNode(condition))
 	c := cedar.NewPolicyFromAST((*cedarast.Policy)(p))
 	return compile([]rule{{id: "allow[0]", short: true, cedar: c}}), nil
 }

@@ -116,6 +116,30 @@ func TestShortPermitsOnlyItsActionOnItsResource(t *testing.T) {
 	}
 }
 
+func TestShortAnyPermitsOnlyItsAction(t *testing.T) {
+	p, err := ShortAny("serve", `principal.role == "agent"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"orders-db", "a/b", ""} {
+		r := Request{PrincipalID: "P", Principal: map[string]any{"role": "agent"}, Action: "serve", ResourceID: name}
+		if !p.Decide(r).Allow {
+			t.Errorf("%q is not permitted", name)
+		}
+		r.Action = "open"
+		if p.Decide(r).Allow {
+			t.Errorf("open of %q is permitted", name)
+		}
+		r.Action, r.Principal = "serve", map[string]any{"role": "guest"}
+		if p.Decide(r).Allow {
+			t.Errorf("a guest may serve %q", name)
+		}
+	}
+	if _, err := ShortAny("serve", "true }; permit(principal, action, resource) when { true"); err == nil {
+		t.Error("the text left its wrapper")
+	}
+}
+
 func TestForbidOverridesEveryPermit(t *testing.T) {
 	p := Join(mustShort(t, "true"), mustParse(t, `
 		@id("no guests") forbid(principal, action, resource) when { principal.role == "guest" };

@@ -38,6 +38,9 @@ const maxConfirm = frameHeader + 2*(2+4<<10)
 type Lane struct {
 	net.Conn
 	Key [32]byte
+	// Leaving is closed when whoever carries the lane says that it is going away:
+	// what is on it may end, what is new should take another. Nil: never.
+	Leaving <-chan struct{}
 }
 
 // Config says who speaks and whom it wants to hear.

@@ -578,11 +578,13 @@ func TestLaneKeyBindsTheChannelToItsLane(t *testing.T) {
 		wrap func(x, y net.Conn) (net.Conn, net.Conn)
 		ok   bool
 	}{
-		"the same":            {func(x, y net.Conn) (net.Conn, net.Conn) { return &Lane{x, key}, &Lane{y, key} }, true},
-		"the same, by value":  {func(x, y net.Conn) (net.Conn, net.Conn) { return Lane{x, key}, &Lane{y, key} }, true},
-		"another":             {func(x, y net.Conn) (net.Conn, net.Conn) { return &Lane{x, key}, &Lane{y, [32]byte{2}} }, false},
-		"none at one end":     {func(x, y net.Conn) (net.Conn, net.Conn) { return x, &Lane{y, key} }, false},
-		"none, by value, too": {func(x, y net.Conn) (net.Conn, net.Conn) { return x, Lane{y, key} }, false},
+		"the same":           {func(x, y net.Conn) (net.Conn, net.Conn) { return &Lane{Conn: x, Key: key}, &Lane{Conn: y, Key: key} }, true},
+		"the same, by value": {func(x, y net.Conn) (net.Conn, net.Conn) { return Lane{Conn: x, Key: key}, &Lane{Conn: y, Key: key} }, true},
+		"another": {func(x, y net.Conn) (net.Conn, net.Conn) {
+			return &Lane{Conn: x, Key: key}, &Lane{Conn: y, Key: [32]byte{2}}
+		}, false},
+		"none at one end":     {func(x, y net.Conn) (net.Conn, net.Conn) { return x, &Lane{Conn: y, Key: key} }, false},
+		"none, by value, too": {func(x, y net.Conn) (net.Conn, net.Conn) { return x, Lane{Conn: y, Key: key} }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -280,6 +280,19 @@ func (e *End) Ping() {
 	e.Control(kindPing, binary.BigEndian.AppendUint64(b, uint64(time.Since(e.begin))))
 }
 
+// Doubt asks the other end for a sign of life and ends the channel with ErrDead
+// when none comes within d: for a machine that slept, where silence may have
+// lasted longer than its clocks say.
+func (e *End) Doubt(d time.Duration) {
+	before := e.heard.Load()
+	e.Ping()
+	time.AfterFunc(d, func() {
+		if e.heard.Load() == before {
+			e.fail(ErrDead)
+		}
+	})
+}
+
 // showCredential sends a renewed credential into the open channel.
 func (e *End) showCredential() {
 	frame, _ := appendConfirm(nil, kindCredential, e.config)

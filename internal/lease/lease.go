@@ -38,10 +38,19 @@ const (
 	jump = 60 * time.Second // wall against monotonic clock, beyond what NTP slews in a day
 )
 
-// Denied is why nothing was admitted, or why a lease ended: the policy.
-type Denied struct{ Decision abac.Decision }
+// Denied is why nothing was admitted, or why a lease ended: the policy, or the
+// book's rule.
+type Denied struct {
+	Decision abac.Decision
+	Rule     error // what the rule said; nil: the policy decided
+}
 
-func (e *Denied) Error() string { return e.Decision.Reason() }
+func (e *Denied) Error() string {
+	if e.Rule != nil {
+		return e.Rule.Error()
+	}
+	return e.Decision.Reason()
+}
 
 // Whose time was over.
 const (
@@ -71,8 +80,11 @@ func (e *Expired) Error() string {
 // before its first use. It is safe for concurrent use.
 type Book struct {
 	Policy func() *abac.Policy // asked for each decision, under the book's lock; nil, or a nil policy: deny
-	Now    func() time.Time    // the wall clock; nil: time.Now
-	Logger *slog.Logger        // nil: nothing is logged
+	// Rule is what is built in beside the policy: an error refuses, whatever the
+	// policy says. It is asked with each decision, first; nil refuses nothing.
+	Rule   func(p *identity.Peer, r *abac.Request) error
+	Now    func() time.Time // the wall clock; nil: time.Now
+	Logger *slog.Logger     // nil: nothing is logged
 
 	mu    sync.Mutex
 	ties  map[ends]*tie
@@ -181,9 +193,9 @@ func (b *Book) Admit(self *identity.Self, p *identity.Peer, r abac.Request, end 
 	if err := t.expired(now); err != nil {
 		return nil, abac.Decision{}, err
 	}
-	d := t.decide(b.policy(), r)
-	if !d.Allow {
-		return nil, d, &Denied{d}
+	d, denied := b.decide(t, b.policy(), r)
+	if denied != nil {
+		return nil, d, denied
 	}
 	key := keyOf(&r)
 	q := t.questions[key]
@@ -387,12 +399,12 @@ func (b *Book) remove(l *Lease) {
 func (b *Book) again(out []ending, t *tie, policy *abac.Policy, now moment) []ending {
 	t.refresh(now)
 	for _, q := range t.questions {
-		d := t.decide(policy, q.request)
-		if d.Allow {
+		d, denied := b.decide(t, policy, q.request)
+		if denied == nil {
 			q.session = d.MaxSession
 			continue
 		}
-		out = b.moveOut(out, q, &Denied{d})
+		out = b.moveOut(out, q, denied)
 	}
 	return b.expire(out, t, now)
 }
@@ -459,9 +471,18 @@ func (t *tie) expired(now moment) error {
 	return nil
 }
 
-func (t *tie) decide(policy *abac.Policy, r abac.Request) abac.Decision {
+func (b *Book) decide(t *tie, policy *abac.Policy, r abac.Request) (abac.Decision, error) {
 	r.Principal, r.PrincipalID = t.principal, t.peer.ID().String()
-	return policy.Decide(r)
+	if b.Rule != nil {
+		if err := b.Rule(t.peer, &r); err != nil {
+			return abac.Decision{}, &Denied{Rule: err}
+		}
+	}
+	d := policy.Decide(r)
+	if !d.Allow {
+		return d, &Denied{Decision: d}
+	}
+	return d, nil
 }
 
 // Principal is what p has proved, as policies see it: for decisions that need no

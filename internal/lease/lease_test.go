@@ -312,6 +312,32 @@ func TestRenewalThatLosesTheAttributeEndsAtOnce(t *testing.T) {
 	empty(t, b, w)
 }
 
+func TestARuleNarrowsWhatThePolicyPermits(t *testing.T) {
+	w := newWorld(t)
+	unnamed := errors.New("it has another name")
+	b := &Book{Policy: agents(t), Rule: func(p *identity.Peer, r *abac.Request) error {
+		if p.Credential().Name() != "bot" || r.Action != "open" {
+			return unnamed
+		}
+		return nil
+	}}
+	h := w.admit(b, open)
+	w.renewPeer(2*time.Hour, agentRole)
+	if h.ends() != 0 {
+		t.Errorf("ended with %v though nothing changed", h.why())
+	}
+	w.renewPeer(3*time.Hour, identity.Attributes{"role": "agent", "name": "cat"})
+	var denied *Denied
+	if !errors.As(h.why(), &denied) || denied.Rule != unnamed || h.ends() != 1 {
+		t.Errorf("ended %d times, with %v; want the rule's reason", h.ends(), h.why())
+	}
+	h.Release()
+	if _, _, err := b.Admit(w.self, w.peer, open, nil); !errors.As(err, &denied) || err.Error() != unnamed.Error() {
+		t.Errorf("admitted anew: %v", err)
+	}
+	empty(t, b, w)
+}
+
 func TestPolicyChangeDecidesAllThenActs(t *testing.T) {
 	w := newWorld(t)
 	var current atomic.Pointer[abac.Policy]

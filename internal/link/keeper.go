@@ -33,6 +33,8 @@ const (
 	dialTime    = 10 * time.Second // one path's connection
 	checkTime   = 10 * time.Second
 	refusedWait = 30 * time.Second // a refusal is tried again as seldom, or on a new credential
+
+	successorWait = 3 * time.Second // between dials of a successor while the old channel works
 )
 
 // Path is one way to the other end.
@@ -115,14 +117,22 @@ func (k *Keeper) Run(ctx context.Context) error {
 
 	wait, since := firstWait, time.Now() // since: when there was last a channel
 	brief := firstWait                   // the wait behind the next channel that ends too soon
+	var l *Live
 	for ctx.Err() == nil {
-		l, err := k.connect(ctx)
+		var err error
+		if l == nil {
+			l, err = k.connect(ctx)
+		}
 		kind := Waiting
 		if err == nil {
 			begin := time.Now()
-			err = k.hold(ctx, l)
+			var next *Live
+			next, err = k.hold(ctx, l)
 			k.finish(ctx, l)
-			since = time.Now()
+			l, since = next, time.Now()
+			if l != nil { // made before the old one was given up
+				continue
+			}
 			if since.Sub(begin) >= steady {
 				wait, brief = firstWait, firstWait
 				if ctx.Err() == nil {
@@ -153,50 +163,105 @@ func (k *Keeper) Run(ctx context.Context) error {
 		}
 		wait = min(2*wait, limit)
 	}
+	if l != nil {
+		k.finish(ctx, l)
+	}
 	k.set(nil, State{Kind: Draining})
 	k.old.Wait()
 	return nil
 }
 
-// hold keeps l until it ends, is to be replaced, or ctx ends, and says which.
-func (k *Keeper) hold(ctx context.Context, l *Live) error {
-	away := make(chan struct{}, 1)
-	l.Mux.OnAway(func() {
-		select {
-		case away <- struct{}{}:
-		default:
-		}
-	})
-	aged := time.NewTicker(time.Minute)
-	defer aged.Stop()
+// hold keeps l until it ends or ctx does, and says which. One whose keys are used
+// up, or whose lane's carrier is going away, it replaces first: next is the
+// successor.
+func (k *Keeper) hold(ctx context.Context, l *Live) (next *Live, err error) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	watch := k.clock()
 	for {
 		var again <-chan time.Time
-		if next := k.check(ctx, l); next > 0 {
-			again = time.After(next)
+		if after := k.check(ctx, l); after > 0 {
+			again = time.After(after)
 		}
+		leaving := l.leaving
+		var retry <-chan time.Time // of the successor that is owed
+		var owed error
 	wait:
 		for {
+			replace := error(nil)
 			select {
 			case <-ctx.Done():
-				return ctx.Err()
+				return nil, ctx.Err()
 			case <-l.Done():
-				return l.Err()
-			case <-away:
-				return stream.ErrAway
-			case <-aged.C:
-				if l.End.Aged() {
-					return errAged
+				return nil, l.Err()
+			case <-l.Away():
+				return nil, stream.ErrAway
+			case <-leaving:
+				leaving, replace = nil, errLeaving
+			case <-retry:
+				replace = owed
+			case <-tick.C:
+				if watch.slept() {
+					l.End.Doubt(doubtTime)
+				}
+				if retry == nil && l.End.Aged() {
+					replace = errAged
 				}
 			case <-k.kick:
 				break wait
 			case <-again:
 				break wait
 			}
+			if replace == nil {
+				continue
+			}
+			next, err := k.connect(ctx)
+			switch {
+			case err == nil:
+				return next, replace
+			case replace == errLeaving && l.Mux.Streams() == 0:
+				return nil, replace // nobody is on it: let the carrier go
+			}
+			owed, retry = replace, time.After(jitter(successorWait))
 		}
 	}
 }
 
-var errAged = errors.New("the channel's keys are used up, a successor is dialled")
+var (
+	errAged    = errors.New("the channel's keys are used up, a successor is dialled")
+	errLeaving = errors.New("the way is going away, another is dialled")
+)
+
+const (
+	// A machine that slept has a wall clock that ran on and a monotonic one that
+	// stood still (Linux: CLOCK_MONOTONIC). Anything a clock is slewed by is less.
+	sleptFor  = 10 * time.Second
+	doubtTime = 2 * time.Second // for a sign of life after that
+)
+
+// clockWatch notices that the machine slept.
+type clockWatch struct {
+	now  func() time.Time // the wall clock
+	wall time.Time
+	mono time.Time
+}
+
+func (k *Keeper) clock() *clockWatch {
+	w := &clockWatch{now: k.Config.Now}
+	if w.now == nil {
+		w.now = time.Now
+	}
+	w.slept()
+	return w
+}
+
+// slept reports whether the machine did since it was last asked.
+func (w *clockWatch) slept() bool {
+	wall, mono := w.now().Round(0), time.Now()
+	d := wall.Sub(w.wall) - mono.Sub(w.mono)
+	w.wall, w.mono = wall, mono
+	return d >= sleptFor
+}
 
 // finish lets the streams of a channel that is no longer live come to their
 // end, with ctx at the latest, and closes it.
@@ -348,12 +413,16 @@ func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
 	if err != nil {
 		return nil, err
 	}
+	var leaving <-chan struct{}
+	if l, ok := lane.(*channel.Lane); ok {
+		leaving = l.Leaving
+	}
 	c := k.Config
 	e, err := channel.Initiate(limited, lane, &c)
 	if err != nil {
 		return nil, err
 	}
-	return start(e, &c, true, p.Name, k.Limits, k.Accept, nil), nil
+	return start(e, &c, true, p.Name, k.Limits, k.Accept, func(l *Live) { l.leaving = leaving }), nil
 }
 
 // Kick makes a waiting Keeper try at once.
@@ -376,6 +445,9 @@ func (k *Keeper) pause(ctx context.Context, d time.Duration) {
 	begin := time.Now()
 	t := time.NewTimer(d)
 	defer t.Stop()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	watch := k.clock()
 	for {
 		select {
 		case <-ctx.Done():
@@ -384,6 +456,10 @@ func (k *Keeper) pause(ctx context.Context, d time.Duration) {
 			return
 		case <-k.kick:
 			return
+		case <-tick.C:
+			if watch.slept() {
+				return
+			}
 		case <-k.wanted:
 			if soon := jitter(youngWait); soon < d {
 				d = soon

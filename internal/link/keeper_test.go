@@ -371,3 +371,102 @@ func TestWhoWaitsForAChannelIsNotLeftToTheLongPauses(t *testing.T) {
 		stopServer()
 	})
 }
+
+// leaving is a path whose lanes' carrier can say that it is going away.
+func (w *town) leaving(addr string, away <-chan struct{}) link.Path {
+	p := w.to(addr)
+	dial := p.Dial
+	p.Dial = func(ctx context.Context) (net.Conn, error) {
+		select {
+		case <-away:
+			return nil, errDown
+		default:
+		}
+		c, err := dial(ctx)
+		return &channel.Lane{Conn: c, Leaving: away}, err
+	}
+	return p
+}
+
+func TestASuccessorIsMadeBeforeAChannelWhoseCarrierLeavesIsGivenUp(t *testing.T) {
+	in(t, func(w *town) {
+		stopA, stopB := w.serve(w.server(), "10.0.0.2:1"), w.serve(w.server(), "10.0.0.3:1")
+		away := make(chan struct{})
+		var states told
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.leaving("10.0.0.2:1", away), w.to("10.0.0.3:1")}, OnState: states.add}
+		stop := w.run(k.Run)
+		first := w.get(k)
+		c := w.open(first)
+		close(away)
+		synctest.Wait()
+		if second := w.get(k); second == first || second.Path != "direct 10.0.0.3:1" {
+			t.Errorf("the channel is still by %s", second.Path)
+		}
+		w.echoes(c) // an open stream goes on where it is
+		w.echoes(w.open(w.get(k)))
+		if got := states.kinds(); !slices.Equal(got, []link.StateKind{link.Ready, link.Ready}) {
+			t.Errorf("the states were %v, want no pause", got)
+		}
+		c.Close()
+		w.sleep(time.Second)
+		if first.Err() == nil {
+			t.Error("the old channel outlived its last stream")
+		}
+		stop()
+		stopA()
+		stopB()
+	})
+}
+
+func TestAChannelWhoseCarrierLeavesIsKeptWhileItsStreamsHaveNoOtherWay(t *testing.T) {
+	in(t, func(w *town) {
+		stopA := w.serve(w.server(), "10.0.0.2:1")
+		away := make(chan struct{})
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{w.leaving("10.0.0.2:1", away)}}
+		stop := w.run(k.Run)
+		l := w.get(k)
+		c := w.open(l)
+		close(away)
+		w.sleep(time.Minute)
+		w.echoes(c)
+		if k.Live() != l {
+			t.Error("the channel was given up with a stream on it")
+		}
+		c.Close()
+		w.sleep(10 * time.Second)
+		if l.Err() == nil || k.State().Kind != link.Waiting {
+			t.Errorf("nobody is on it, and it is kept: %v", k.State())
+		}
+		stop()
+		stopA()
+	})
+}
+
+func TestAfterASleepADeadChannelIsReplacedInSeconds(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		var slept atomic.Int64
+		c := w.config()
+		c.Now = func() time.Time { return time.Now().Add(time.Duration(slept.Load())) }
+		k := &link.Keeper{Config: c, Paths: []link.Path{w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		first := w.get(k)
+		w.sleep(time.Minute)
+		slept.Store(int64(20 * time.Minute)) // the channel is fine: it stays
+		w.sleep(10 * time.Second)
+		if k.Live() != first {
+			t.Error("a channel that answers was given up")
+		}
+		w.lane(0).Stall()
+		slept.Store(int64(40 * time.Minute))
+		begin := time.Now()
+		if err := k.Wait(context.Background(), first); err != nil {
+			t.Fatal(err)
+		}
+		if second := w.get(k); second == first || time.Since(begin) > 5*time.Second {
+			t.Errorf("replaced after %v", time.Since(begin))
+		}
+		stop()
+		stopServer()
+	})
+}

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
@@ -22,19 +23,22 @@ type Live struct {
 	Mux  *stream.Mux
 	Path string // how it was reached, or from where it came
 
-	done chan struct{}
-	err  error
+	away    chan struct{}   // closed when the other end is going away
+	leaving <-chan struct{} // closed when the lane's carrier is; nil: never
+	done    chan struct{}
+	err     error
 }
 
 // start makes a Live of an end, shows it to first, if not nil, and then reads its
 // lane until the channel ends.
 func start(e *channel.End, c *channel.Config, initiator bool, path string, limits stream.Limits, accept func(*Live, *stream.Incoming), first func(*Live)) *Live {
-	l := &Live{End: e, Path: path, done: make(chan struct{})}
+	l := &Live{End: e, Path: path, away: make(chan struct{}), done: make(chan struct{})}
 	var incoming func(*stream.Incoming)
 	if accept != nil {
 		incoming = func(in *stream.Incoming) { accept(l, in) }
 	}
 	l.Mux = stream.NewMux(c.Node, e, initiator, limits, incoming)
+	l.Mux.OnAway(sync.OnceFunc(func() { close(l.away) }))
 	if first != nil {
 		first(l)
 	}
@@ -57,6 +61,9 @@ func Dial(ctx context.Context, lane net.Conn, c *channel.Config, accept func(*Li
 
 // Peer is who is at the other end, live.
 func (l *Live) Peer() *identity.Peer { return l.End.Peer() }
+
+// Away is closed when the other end says that it is going away.
+func (l *Live) Away() <-chan struct{} { return l.away }
 
 // Done is closed when the channel has ended and all its streams are reset.
 func (l *Live) Done() <-chan struct{} { return l.done }

@@ -41,13 +41,22 @@ type Service struct {
 	// Opened is told each confirmed channel before its first stream; it must
 	// neither wait nor close it. Nil does nothing.
 	Opened func(*Live)
+	// Closed is told each of them when it has ended. Nil does nothing.
+	Closed func(*Live)
 }
 
 // Server accepts lanes and serves each channel's kind.
 type Server struct {
 	Services map[channel.Kind]Service
-	Limits   Limits
-	Logger   *slog.Logger // nil: discard
+	// Lane takes connections that are no channels of this node but parts of a
+	// relay's (kinds lane and carrier), on the connection's own goroutine. It owns
+	// the connection, which it ends with ctx at the latest. Nil closes them.
+	Lane   func(ctx context.Context, p channel.Preface, c net.Conn)
+	Limits Limits
+	// Many reports whether an address is one that many strangers come from, as a
+	// relay's is: each connection then counts as a source of its own. Nil: none is.
+	Many   func(net.Addr) bool
+	Logger *slog.Logger // nil: discard
 
 	mu    sync.Mutex
 	half  map[net.Conn]string // lanes that have not proved themselves, by source
@@ -144,7 +153,17 @@ func (s *Server) draining() bool {
 // that ends, or ends it with ctx.
 func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
 	limited, cancel := context.WithTimeout(ctx, proveTime)
-	l, err := s.prove(limited, c)
+	p, err := s.preface(limited, c)
+	if err == nil && s.Lane != nil && (p.Kind == channel.KindLane || p.Kind == channel.Carrier) {
+		cancel()
+		s.leave(c)
+		s.Lane(ctx, p, c)
+		return
+	}
+	var l *Live
+	if err == nil {
+		l, err = s.prove(limited, p, c)
+	}
 	cancel()
 	if err != nil {
 		s.leave(c)
@@ -158,22 +177,34 @@ func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
 		l.Close(nil)
 	}
 	s.mu.Lock()
+	_, opened := s.lives[l]
 	delete(s.lives, l)
 	s.mu.Unlock()
+	if f := s.Services[p.Kind].Closed; f != nil && opened {
+		f(l)
+	}
 	log.Debug("a channel ended", "peer", l.Peer().ID(), "from", c.RemoteAddr(), "err", l.Err())
 }
 
-// prove lets a stranger show who it is, for as long as ctx.
-func (s *Server) prove(ctx context.Context, c net.Conn) (*Live, error) {
+// preface reads what a connection is for, for as long as ctx.
+func (s *Server) preface(ctx context.Context, c net.Conn) (channel.Preface, error) {
 	deadline, _ := ctx.Deadline()
 	c.SetDeadline(deadline)
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	p, err := channel.ReadPreface(c)
-	stop()
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
 	if err != nil {
 		c.Close()
-		return nil, err
+		return p, err
 	}
+	c.SetDeadline(time.Time{})
+	return p, nil
+}
+
+// prove lets a stranger show who it is, for as long as ctx.
+func (s *Server) prove(ctx context.Context, p channel.Preface, c net.Conn) (*Live, error) {
 	service, ok := s.Services[p.Kind]
 	if !ok {
 		c.Close()
@@ -227,6 +258,9 @@ func (s *Server) confirmed(c net.Conn, l *Live) bool {
 // of them goes, chosen by chance; never the newcomer, who may be honest.
 func (s *Server) enter(c net.Conn) {
 	from := source(c.RemoteAddr())
+	if s.Many != nil && s.Many(c.RemoteAddr()) {
+		from = c.RemoteAddr().String()
+	}
 	limit := s.Limits.HalfOpen
 	if limit <= 0 {
 		limit = defaultHalfOpen

@@ -35,6 +35,14 @@ const (
 	Request HeaderKind = 3
 	// PingTarget dials the target and closes it again.
 	PingTarget HeaderKind = 4
+	// Register offers to serve a name at a relay, for as long as the stream is open.
+	Register HeaderKind = 5
+	// Connect asks a relay for a lane to whoever serves a name.
+	Connect HeaderKind = 6
+	// Next asks a relay for a lane to the next relay.
+	Next HeaderKind = 7
+	// Names asks a relay which names there are.
+	Names HeaderKind = 8
 )
 
 // Header opens a stream: what is wanted, by which name. Name is at most 63
@@ -69,6 +77,7 @@ const (
 	CodeProtocol      Code = 11 // the other end broke the protocol
 	CodeClosed        Code = 12 // data for a stream that its reader has closed
 	CodeInternal      Code = 13
+	CodeAbsent        Code = 14 // nobody serves the name at this relay now
 )
 
 var codeText = map[Code]string{
@@ -85,6 +94,7 @@ var codeText = map[Code]string{
 	CodeProtocol:      "protocol error",
 	CodeClosed:        "the reader closed the connection",
 	CodeInternal:      "internal error",
+	CodeAbsent:        "nobody serves it",
 }
 
 func (c Code) String() string {
