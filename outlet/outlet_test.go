@@ -2,6 +2,7 @@ package outlet_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/outlet"
@@ -65,6 +68,44 @@ func TestAHeaderWithABodyIsRefused(t *testing.T) {
 		if code(err) != stream.CodeRefused || db.count() != 0 {
 			t.Errorf("%v, %d dials", err, db.count())
 		}
+	})
+}
+
+func TestProbesOfAPeerThatDoesNotReadEndItsChannel(t *testing.T) {
+	virtual(t, echoing().dial, nil, func(y *yard) {
+		lane, err := y.net.Dial(context.Background(), "mem", "10.0.0.2:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		deaf, err := channel.Initiate(context.Background(), lane, &channel.Config{
+			Node: y.node(), Self: y.member(agent), Trust: identity.NewTrust(y.authority.ID()), Kind: channel.Service,
+			Judge: func(*identity.Peer) error { return nil },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		before := y.actors()
+		sent := 0
+		for id := uint32(1); id < 100000 && y.nodes[0].Len() > 0; id += 2 {
+			p := channel.AppendHeader(nil, 0x10, id, 12)
+			p = append(binary.BigEndian.AppendUint64(append(p, byte(stream.Probe)), 65536), 2, 'd', 'b')
+			p = binary.BigEndian.AppendUint64(channel.AppendHeader(p, 0x14, id, 8), 0)
+			b := buffer.Get(len(p) + buffer.Around)
+			b.Commit(copy(b.Next(), p))
+			if deaf.Send(new(buffer.Queue), b) != nil {
+				break
+			}
+			sent++
+			synctest.Wait()
+		}
+		time.Sleep(10 * time.Second)
+		// The pipe takes some 64 KiB of answers before the first one waits.
+		if left := y.nodes[0].Len(); left != 0 || sent < 1000 || sent > 5000 {
+			t.Errorf("after %d probes the outlet has %d actors of %d", sent, left, before)
+		}
+		deaf.Abort(channel.CloseInternal, context.Canceled)
+		time.Sleep(10 * time.Second)
 	})
 }
 

@@ -28,9 +28,11 @@ const (
 	stride = Around + Frame + Bulk
 )
 
-// The classes: one small frame, one shared frame, one bulk frame, a batch.
-// Each holds one frame header besides; the last holds four whole records.
+// The classes: a frame without data, as an open or an end is; one small frame, one
+// shared frame, one bulk frame, a batch. Each holds one frame header besides; the
+// last holds four whole records.
 var classes = [...]int{
+	128 + Frame + Around,
 	2<<10 + Frame + Around,
 	Shared + Frame + Around,
 	Record, // any record fits, also one that a peer filled to the limit

@@ -22,6 +22,10 @@ const (
 	pingEvery = 10 * time.Second
 	deadAfter = 25 * time.Second
 	lookEvery = 5 * time.Second
+	// A peer that is heard but takes nothing is dead too: what is queued for it
+	// would be held for as long as it likes. The longest write, of 240 KiB, needs a
+	// line of 4 KiB/s for this; writes become shorter on one that is slow.
+	deafAfter = 60 * time.Second
 
 	// closeTime is how long whoever closes first goes on reading, so that the
 	// other end's last bytes and its close are not thrown away by a reset.
@@ -43,6 +47,8 @@ var (
 	ErrCut = errors.New("the connection was cut")
 	// ErrDead is why a channel ended whose other end fell silent.
 	ErrDead = errors.New("nothing was heard from the other end for 25 s")
+	// ErrDeaf is why a channel ended whose other end took nothing.
+	ErrDeaf = errors.New("the other end took nothing for 60 s")
 	// ErrClosed is why a channel ended that this end closed in good order.
 	ErrClosed = errors.New("the channel is closed")
 )
@@ -68,7 +74,9 @@ type End struct {
 	rtt     atomic.Int64 // of the last ping, or of the handshake
 	heard   atomic.Int64 // time since begin when bytes last came in
 	begin   time.Time
-	pinged  time.Duration // the tick's
+	pinged  time.Duration // the tick's, as the next two
+	wrote   int64         // writes, when they last moved or nothing was owed
+	took    time.Duration // when that was
 	spurned int           // renewed credentials that did not verify, in a row; the lane reader's
 	tick    *time.Timer
 
@@ -99,7 +107,7 @@ func newEnd(o *opening) (*End, error) {
 	e.tick = time.AfterFunc(math.MaxInt64, e.look)
 	setLane(o.lane)
 	var err error
-	if e.opener, err = c.Node.Spawn("", opener{}, nil); err != nil {
+	if e.opener, err = c.Node.Spawn("", opener{e.fail}, nil); err != nil {
 		return nil, err
 	}
 	if e.sealer.actor, err = c.Node.Spawn("", &e.sealer, nil); err != nil {
@@ -130,11 +138,20 @@ func (e *End) listen(shown *identity.Credential) {
 	}
 }
 
-// opener is the actor that stands for a channel's incoming direction. Its
-// bytes come by the lane reader; by message nobody reaches it.
-type opener struct{}
+// opener is the actor of a channel's incoming direction. Its bytes come by the lane
+// reader, who sits on the descriptor. Whoever watches its address is told why the
+// channel ended, and whoever stops it ends the channel.
+type opener struct{ fail func(error) }
 
 func (opener) Receive(*routing.Actor, *routing.Message) error { return nil }
+
+// Stopped ends the channel, as the sealer's does.
+func (o opener) Stopped(err error) {
+	if err == nil {
+		err = ErrClosed
+	}
+	o.fail(err)
+}
 
 // Peer is the identity at the other end, live.
 func (e *End) Peer() *identity.Peer { return e.peer }
@@ -258,6 +275,12 @@ func (e *End) look() {
 	now := time.Since(e.begin)
 	if now-time.Duration(e.heard.Load()) >= deadAfter {
 		e.fail(ErrDead)
+		return
+	}
+	if n := e.writes.Load(); n != e.wrote || !e.owes() {
+		e.wrote, e.took = n, now
+	} else if now-e.took >= deafAfter {
+		e.fail(ErrDeaf)
 		return
 	}
 	if now-e.pinged >= pingEvery {

@@ -797,3 +797,85 @@ func TestEndSaysWhatItIs(t *testing.T) {
 		<-b.end.Done()
 	})
 }
+
+func TestAPeerThatTakesNothingIsGivenUpThoughItIsHeard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newSides(t)
+		x, y := memnet.Pipe(memnet.Link{})
+		errA, errB := meet(a, b, x, y)
+		check(t, errors.Join(errA, errB))
+		b.run() // a never reads
+		queued := make(chan error, 1)
+		go func() {
+			q := new(buffer.Queue)
+			for {
+				if err := b.send(q, make([]byte, 60000)); err != nil {
+					queued <- err
+					return
+				}
+			}
+		}()
+		begin := time.Now()
+		for b.end.Err() == nil && time.Since(begin) < time.Hour {
+			a.end.heard.Store(int64(time.Since(a.end.begin))) // it does not mind
+			time.Sleep(time.Second)
+		}
+		if d := time.Since(begin); !errors.Is(b.end.Err(), ErrDeaf) || d > 70*time.Second {
+			t.Errorf("after %v: %v", d, b.end.Err())
+		}
+		if err := <-queued; !errors.Is(err, ErrDeaf) {
+			t.Errorf("whoever waited to send got %v", err)
+		}
+		a.end.fail(ErrClosed)
+		<-b.ran
+	})
+}
+
+func TestAPeerThatTakesLittleAtATimeIsNotDeaf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newSides(t)
+		x, y := memnet.Pipe(memnet.Link{})
+		errA, errB := meet(a, b, x, y)
+		check(t, errors.Join(errA, errB))
+		b.run() // a's lane is read here, slowly
+		go func() {
+			q := new(buffer.Queue)
+			for b.send(q, make([]byte, 60000)) == nil {
+			}
+		}()
+		for range 300 {
+			a.end.heard.Store(int64(time.Since(a.end.begin)))
+			time.Sleep(time.Second)
+			_, err := io.CopyN(io.Discard, x, 5<<10)
+			check(t, err)
+		}
+		if err := b.end.Err(); err != nil {
+			t.Errorf("it takes 5 KiB/s and is given up: %v", err)
+		}
+		a.end.fail(ErrClosed)
+		b.end.fail(ErrClosed)
+		<-b.ran
+	})
+}
+
+func TestAWatcherOfTheOpenerIsToldWhyTheChannelEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x, _ := open(t, memnet.Link{})
+		told := make(chan error, 1)
+		a.config.Node.Watch(a.end.opener.Address(), func(err error) { told <- err })
+		x.Cut()
+		if err := <-told; !errors.Is(err, ErrCut) {
+			t.Errorf("told %v", err)
+		}
+		<-a.ran
+		<-b.ran
+
+		a, b, _, _ = open(t, memnet.Link{})
+		a.end.opener.Stop(errors.New("enough")) // by whomever
+		<-a.ran
+		<-b.ran
+		if err := a.end.Err(); err == nil || err.Error() != "enough" {
+			t.Errorf("the channel ended with %v", err)
+		}
+	})
+}

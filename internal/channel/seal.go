@@ -55,9 +55,11 @@ type sealer struct {
 	sent    chan struct{} // closed when the close is written, or never will be
 	told    bool          // sent is closed
 
-	writes atomic.Int64 // to the lane, that went well
-	depth  atomic.Int32 // len(data), for Budget
-	budget atomic.Int32 // payload bytes a buffer should have
+	posted  int          // of data, those that Post queued
+	writing bool         // Drained is at it
+	writes  atomic.Int64 // to the lane, that went well
+	depth   atomic.Int32 // len(data), for Budget
+	budget  atomic.Int32 // payload bytes a buffer should have
 
 	// Owned by the running actor.
 	records    *records
@@ -73,8 +75,9 @@ type slot struct {
 }
 
 type waiting struct {
-	queue *buffer.Queue
-	buf   *buffer.Buffer
+	queue  *buffer.Queue
+	buf    *buffer.Buffer
+	posted bool
 }
 
 // Send takes b and writes it, on this goroutine when the lane is free. It waits
@@ -87,7 +90,7 @@ func (s *sealer) Send(q *buffer.Queue, b *buffer.Buffer) error {
 		}
 		q.Room.Wait()
 	}
-	err := s.appendLocked(q, b)
+	err := s.appendLocked(q, b, false)
 	s.mu.Unlock()
 	if err != nil {
 		return err
@@ -104,13 +107,27 @@ func (s *sealer) Send(q *buffer.Queue, b *buffer.Buffer) error {
 func (s *sealer) Post(q *buffer.Queue, b *buffer.Buffer) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.appendLocked(q, b)
+	return s.appendLocked(q, b, true)
+}
+
+// Unsent is how many buffers were posted and are not written yet.
+func (s *sealer) Unsent() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.posted
+}
+
+// owes reports whether anything waits for the lane.
+func (s *sealer) owes() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.writing || len(s.data)+len(s.control) > 0
 }
 
 // Flush writes what is queued, on this goroutine when the lane is free.
 func (s *sealer) Flush() { s.actor.Run() }
 
-func (s *sealer) appendLocked(q *buffer.Queue, b *buffer.Buffer) error {
+func (s *sealer) appendLocked(q *buffer.Queue, b *buffer.Buffer, posted bool) error {
 	err := s.err
 	if err == nil {
 		err = q.Stop
@@ -123,7 +140,10 @@ func (s *sealer) appendLocked(q *buffer.Queue, b *buffer.Buffer) error {
 		return err
 	}
 	q.Waiting++
-	s.data = append(s.data, waiting{q, b})
+	if posted {
+		s.posted++
+	}
+	s.data = append(s.data, waiting{q, b, posted})
 	s.depth.Store(int32(len(s.data)))
 	return nil
 }
@@ -151,8 +171,7 @@ func (s *sealer) Discard(q *buffer.Queue, why error) (sealed bool) {
 		kept := s.data[:0]
 		for _, w := range s.data {
 			if w.queue == q {
-				w.buf.Release()
-				q.Waiting--
+				s.dropLocked(w)
 			} else {
 				kept = append(kept, w)
 			}
@@ -165,6 +184,15 @@ func (s *sealer) Discard(q *buffer.Queue, why error) (sealed bool) {
 		q.Room.Broadcast()
 	}
 	return q.Sealed
+}
+
+// dropLocked forgets a buffer that will not be written.
+func (s *sealer) dropLocked(w waiting) {
+	w.queue.Waiting--
+	if w.posted {
+		s.posted--
+	}
+	w.buf.Release()
 }
 
 // Control queues one whole frame and never waits. A frame of the same key that
@@ -212,7 +240,7 @@ func (s *sealer) finish(frame []byte) {
 	if s.err == nil && !s.last {
 		b := buffer.Get(len(frame) + buffer.Around)
 		b.Commit(copy(b.Next(), frame))
-		s.appendLocked(&buffer.Queue{}, b)
+		s.appendLocked(&buffer.Queue{}, b, false)
 		s.last = true
 	}
 	s.mu.Unlock()
@@ -226,11 +254,10 @@ func (s *sealer) stop(err error) {
 		s.err = err
 	}
 	for _, w := range s.data {
-		w.queue.Waiting--
+		s.dropLocked(w)
 		if w.queue.Room != nil {
 			w.queue.Room.Broadcast()
 		}
-		w.buf.Release()
 	}
 	clear(s.data)
 	s.data, s.control = s.data[:0], nil
@@ -280,6 +307,7 @@ func (s *sealer) Drained(*routing.Actor) error {
 	for _, w := range data {
 		w.queue.Sealed = true
 	}
+	s.writing = len(control)+len(data) > 0
 	s.mu.Unlock()
 	if len(control) == 0 && len(data) == 0 {
 		s.spareSlots, s.spareData = control, data
@@ -288,9 +316,13 @@ func (s *sealer) Drained(*routing.Actor) error {
 	err := s.write(control, data)
 
 	s.mu.Lock()
+	s.writing = false
 	for i := range data {
 		q := data[i].queue
 		q.Waiting--
+		if data[i].posted {
+			s.posted--
+		}
 		if q.Room != nil {
 			q.Room.Broadcast()
 		}

@@ -230,7 +230,9 @@ func (c *Conn) end(why error, undelivered bool) (sealed, ended bool) {
 func (c *Conn) settle() {
 	c.recv.Lock()
 	c.send.Lock()
-	settled := c.sentEnd && c.ended && c.emptyLocked() && !c.writing && c.why == nil && !c.settled
+	// doneSend, not sentEnd: the end is queued, so nothing that closes the channel
+	// in good order gets before it.
+	settled := c.doneSend.Load() && c.ended && c.emptyLocked() && !c.writing && c.why == nil && !c.settled
 	c.send.Unlock()
 	if !settled {
 		c.recv.Unlock()

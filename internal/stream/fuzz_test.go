@@ -23,6 +23,8 @@ type sink struct {
 
 func (s *sink) Send(q *buffer.Queue, b *buffer.Buffer) error { return s.Post(q, b) }
 
+func (s *sink) Unsent() int { return 0 }
+
 func (s *sink) Post(q *buffer.Queue, b *buffer.Buffer) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -28,6 +28,7 @@ type Over interface {
 	Send(q *buffer.Queue, b *buffer.Buffer) error     // takes b; may wait, may write here
 	Post(q *buffer.Queue, b *buffer.Buffer) error     // takes b; neither waits nor writes
 	Flush()                                           // writes what was posted
+	Unsent() int                                      // buffers posted and not yet written
 	Stop(q *buffer.Queue, err error)                  // ends or resumes waiting in Send
 	Discard(q *buffer.Queue, why error) (sealed bool) // drops what is queued
 	Control(key uint64, frame []byte) error           // never waits; replaces an unsent frame of key
@@ -52,6 +53,11 @@ const (
 	firstWindow = 64 << 10
 	// earlyWindow may be sent before the open is answered.
 	earlyWindow = 16 << 10
+
+	// maxUnsent bounds, beside two for each open stream, the ends that wait for a lane
+	// which takes nothing. Streams that open and end at once, as probes do, count
+	// as open no more, and each unsent end holds some 1 KiB.
+	maxUnsent = 1024
 
 	// Opens that come to nothing fill a bucket that leaks badPerSecond; a peer
 	// that overflows it does nothing but open and reset.
@@ -381,6 +387,10 @@ func (m *Mux) incoming(id uint32, body []byte) error {
 		return &ProtocolError{fmt.Sprintf("stream %d is opened out of order", id)}
 	}
 	m.highest = id
+	if m.over.Unsent() > 2*len(m.conns)+maxUnsent {
+		m.mu.Unlock()
+		return &AbuseError{"streams opened and ended by an end that does not read"}
+	}
 	code, reason := Code(0), ""
 	switch {
 	case m.away:
