@@ -31,9 +31,10 @@ type Limits struct {
 	Link        link.Limits
 }
 
+// The defaults of Limits.
 const (
-	defaultStreams     = 90
-	defaultDials       = 32
+	DefaultStreams     = 90
+	DefaultDials       = 32
 	defaultDialTimeout = 10 * time.Second
 )
 
@@ -75,10 +76,10 @@ func (s *Server) init() {
 			s.log = slog.New(slog.DiscardHandler)
 		}
 		if s.Limits.Streams <= 0 {
-			s.Limits.Streams = defaultStreams
+			s.Limits.Streams = DefaultStreams
 		}
 		if s.Limits.Dials <= 0 {
-			s.Limits.Dials = defaultDials
+			s.Limits.Dials = DefaultDials
 		}
 		if s.Limits.DialTimeout <= 0 {
 			s.Limits.DialTimeout = defaultDialTimeout

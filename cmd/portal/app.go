@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/outlet"
 	"github.com/urfave/cli/v2"
 )
 
@@ -229,8 +230,8 @@ func newApp(s *session) *cli.App {
 					&cli.StringSliceFlag{Name: "allow", Usage: "who may open it: `P` is a Cedar expression or @FILE; repeated: any of them"},
 					&cli.StringSliceFlag{Name: "listen", Usage: "take channels on `ADDR`: PORT (loopback), :PORT (every interface), HOST:PORT"},
 					&cli.StringSliceFlag{Name: "label", Usage: "`k=v` or k:=JSON, the policy's resource.k"},
-					&cli.IntFlag{Name: "max-streams", Value: 90, Usage: "streams to the target at once; below PostgreSQL's default of 100"},
-					&cli.IntFlag{Name: "max-dials", Value: 16, Usage: "dials of the target at once"},
+					&cli.IntFlag{Name: "max-streams", Value: outlet.DefaultStreams, Usage: "streams to the target at once; below PostgreSQL's default of 100"},
+					&cli.IntFlag{Name: "max-dials", Value: outlet.DefaultDials, Usage: "dials of the target at once"},
 					&cli.DurationFlag{Name: "dial-timeout", Value: 10 * time.Second, Usage: "the target must accept within `TIME`"},
 					graceFlag(),
 					notYetFlag("relay"),

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/portal-tunnel/portal/outlet"
 	"github.com/urfave/cli/v2"
 )
 
@@ -182,6 +183,15 @@ func TestEveryCommandOfTheContractIsKnown(t *testing.T) {
 			if findFlag(app.Command(command).Flags, name) == nil {
 				t.Errorf("portal %s has no --%s", command, name)
 			}
+		}
+	}
+}
+
+func TestLimitsOfTheOutletCommandAreThoseOfItsPackage(t *testing.T) {
+	flags := newApp(new(session)).Command("outlet").Flags
+	for name, want := range map[string]int{"max-streams": outlet.DefaultStreams, "max-dials": outlet.DefaultDials} {
+		if f := findFlag(flags, name).(*cli.IntFlag); f.Value != want {
+			t.Errorf("--%s is %d without being given, and the package's default is %d", name, f.Value, want)
 		}
 	}
 }
