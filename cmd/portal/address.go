@@ -94,7 +94,8 @@ func socketPath(path string) (string, error) {
 }
 
 // everywhere reports whether the address reaches beyond this host without
-// naming one interface.
+// naming one interface. What a name stands for is known only when it is
+// listened on.
 func (a listenAddress) everywhere() bool {
 	if a.path != "" {
 		return false
@@ -103,17 +104,25 @@ func (a listenAddress) everywhere() bool {
 		if h == "" {
 			return true
 		}
-		if ip, err := netip.ParseAddr(h); err == nil && ip.IsUnspecified() {
+		// ::ffff:0.0.0.0 and ::%lo are other spellings of the same.
+		if ip, err := netip.ParseAddr(h); err == nil && ip.WithZone("").Unmap().IsUnspecified() {
 			return true
 		}
 	}
 	return false
 }
 
-// socketOptions say who may open a Unix socket.
+// exposed refuses an address on every interface.
+func (a listenAddress) exposed() error {
+	return fail(codeWildcard, fmt.Sprintf("--from %d listens on loopback; --unsafe-listen allows this", a.port),
+		"--from %s: an inlet on every interface is open to whoever reaches this host", plain(a.text))
+}
+
+// socketOptions say who may reach a socket.
 type socketOptions struct {
-	mode  fs.FileMode // 0: 0600
-	group string
+	everywhere bool        // it may be on every interface
+	mode       fs.FileMode // of a Unix socket; 0: 0600
+	group      string
 }
 
 func parseMode(text string) (fs.FileMode, error) {
@@ -137,14 +146,14 @@ func (a listenAddress) listen(ctx context.Context, o socketOptions) ([]net.Liste
 	// With port 0 the port that the first address was given may be taken on the
 	// second; another round asks for another.
 	for round := 0; ; round++ {
-		lns, err := a.listenTCP(ctx)
+		lns, err := a.listenTCP(ctx, o)
 		if err == nil || a.port != 0 || round == 16 || !errors.Is(err, syscall.EADDRINUSE) {
 			return lns, err
 		}
 	}
 }
 
-func (a listenAddress) listenTCP(ctx context.Context) (lns []net.Listener, err error) {
+func (a listenAddress) listenTCP(ctx context.Context, o socketOptions) (lns []net.Listener, err error) {
 	port := a.port
 	var lc net.ListenConfig
 	for i, host := range a.hosts {
@@ -158,7 +167,12 @@ func (a listenAddress) listenTCP(ctx context.Context) (lns []net.Listener, err e
 			return nil, listenFailure(addr, err)
 		}
 		lns = append(lns, ln)
-		port = uint16(ln.Addr().(*net.TCPAddr).Port)
+		at := ln.Addr().(*net.TCPAddr)
+		if at.IP.IsUnspecified() && !o.everywhere {
+			closeAll(lns)
+			return nil, a.exposed()
+		}
+		port = uint16(at.Port)
 	}
 	return lns, nil
 }

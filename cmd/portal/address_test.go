@@ -31,6 +31,12 @@ func TestListenAddresses(t *testing.T) {
 		{"*:4000", []string{""}, 4000, true},
 		{"0.0.0.0:1", []string{"0.0.0.0"}, 1, true},
 		{"[::]:1", []string{"::"}, 1, true},
+		{"[0:0::0]:1", []string{"0:0::0"}, 1, true},
+		{"[::ffff:0.0.0.0]:1", []string{"::ffff:0.0.0.0"}, 1, true},
+		{"[::%lo]:1", []string{"::%lo"}, 1, true},
+		{"[::ffff:0.0.0.0%lo]:1", []string{"::ffff:0.0.0.0%lo"}, 1, true},
+		{"[::ffff:127.0.0.1]:1", []string{"::ffff:127.0.0.1"}, 1, false},
+		{"[fe80::1%lo]:1", []string{"fe80::1%lo"}, 1, false},
 	} {
 		a, err := parseListen(test.text)
 		if err != nil {
@@ -115,6 +121,29 @@ func TestPortZeroIsOnePortForBothFamilies(t *testing.T) {
 	for _, ln := range lns {
 		if a := ln.Addr().(*net.TCPAddr); a.Port != port || port == 0 || !a.IP.IsLoopback() {
 			t.Errorf("listening on %s, the first port is %d", a, port)
+		}
+	}
+}
+
+// Whatever spelling or name led there.
+func TestWhatListensOnEveryInterfaceIsRefusedUnlessItMay(t *testing.T) {
+	for _, text := range []string{":0", "0.0.0.0:0", "[::]:0", "[::ffff:0.0.0.0]:0"} {
+		lns, err := listenOn(t, text, socketOptions{})
+		var f *failure
+		if !errors.As(err, &f) || f.code != codeWildcard || len(lns) != 0 {
+			t.Errorf("%s: %v, %v", text, addresses(lns), err)
+		}
+		if _, err := listenOn(t, text, socketOptions{everywhere: true}); err != nil {
+			t.Errorf("%s, which may: %v", text, err)
+		}
+	}
+	for _, unsafe := range []bool{false, true} {
+		p, err := inletOptions{name: "db", from: []string{"1"}, way: wayOptions{direct: []string{"1"}}, kind: "raw", mode: "0600", streams: 1, unsafe: unsafe}.plan()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.socket.everywhere != unsafe {
+			t.Errorf("--unsafe-listen=%t lets an inlet on every interface: %t", unsafe, p.socket.everywhere)
 		}
 	}
 }

@@ -63,7 +63,7 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 		return running(h, err)
 	}
 	defer st.Close()
-	lns, err := listenAll(ctx, ports, socketOptions{})
+	lns, err := listenAll(ctx, ports, socketOptions{everywhere: true})
 	if err != nil {
 		return err
 	}

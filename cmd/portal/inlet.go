@@ -56,10 +56,10 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	}
 	for _, a := range p.ports {
 		if a.everywhere() && !o.unsafe {
-			return nil, fail(codeWildcard, fmt.Sprintf("--from %d listens on loopback; --unsafe-listen allows this", a.port),
-				"--from %s: an inlet on every interface is open to whoever reaches this host", plain(a.text))
+			return nil, a.exposed()
 		}
 	}
+	p.socket.everywhere = o.unsafe
 	if p.socket.mode, err = parseMode(o.mode); err != nil {
 		return nil, err
 	}

@@ -103,7 +103,7 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	if err != nil {
 		return err
 	}
-	lns, err := listenAll(ctx, p.ports, socketOptions{})
+	lns, err := listenAll(ctx, p.ports, socketOptions{everywhere: true})
 	if err != nil {
 		return err
 	}
