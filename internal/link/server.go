@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
@@ -21,8 +22,13 @@ type Limits struct {
 	// default 1,024. Each holds at most 16 KiB and lives at most 10 s, so all of
 	// them hold 16 MiB.
 	HalfOpen int
-	// Channels is how many confirmed channels are kept; default 16,384.
+	// Channels is how many confirmed channels are kept; default 16,384. At the cap
+	// one of a peer that has shown no credential goes, chosen by chance: anybody can
+	// make identities. Where all have, the newcomer goes.
 	Channels int
+	// ChannelsEach is how many of them one identity may have; default 256, for as
+	// many processes that share a home.
+	ChannelsEach int
 	// Stream limits each channel's streams.
 	Stream stream.Limits
 }
@@ -30,6 +36,7 @@ type Limits struct {
 const (
 	defaultHalfOpen = 1024
 	defaultChannels = 16384
+	defaultEach     = 256
 	proveTime       = 10 * time.Second // from accept to confirmation, absolute
 )
 
@@ -38,6 +45,9 @@ type Service struct {
 	Config channel.Config
 	// Accept takes each stream that a peer opens. It must not wait.
 	Accept func(*Live, *stream.Incoming)
+	// Idle ends a channel on which there was no stream for as long; 0: never. For
+	// services that strangers may ask, and have no reason to stay at.
+	Idle time.Duration
 	// Opened is told each confirmed channel before its first stream; it must
 	// neither wait nor close it. Nil does nothing.
 	Opened func(*Live)
@@ -61,6 +71,7 @@ type Server struct {
 	mu    sync.Mutex
 	half  map[net.Conn]string // lanes that have not proved themselves, by source
 	lives map[*Live]struct{}
+	each  map[identity.ID]int // lives by peer
 	lns   map[net.Listener]struct{}
 	away  bool
 }
@@ -129,7 +140,7 @@ func (s *Server) listen(ln net.Listener) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.half == nil {
-		s.half, s.lives = make(map[net.Conn]string), make(map[*Live]struct{})
+		s.half, s.lives, s.each = make(map[net.Conn]string), make(map[*Live]struct{}), make(map[identity.ID]int)
 		s.lns = make(map[net.Listener]struct{})
 	}
 	s.lns[ln] = struct{}{}
@@ -161,8 +172,9 @@ func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
 		return
 	}
 	var l *Live
+	var opened bool
 	if err == nil {
-		l, err = s.prove(limited, p, c)
+		l, opened, err = s.prove(limited, p, c)
 	}
 	cancel()
 	if err != nil {
@@ -171,19 +183,43 @@ func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
 		log.Debug("a lane did not become a channel", "from", c.RemoteAddr(), "err", err)
 		return
 	}
-	select {
-	case <-l.Done():
-	case <-ctx.Done():
-		l.Close(nil)
-	}
+	service := s.Services[p.Kind]
+	s.await(ctx, l, service.Idle)
 	s.mu.Lock()
-	_, opened := s.lives[l]
-	delete(s.lives, l)
+	s.forgetLocked(l)
 	s.mu.Unlock()
-	if f := s.Services[p.Kind].Closed; f != nil && opened {
-		f(l)
+	if opened && service.Closed != nil {
+		service.Closed(l)
 	}
 	log.Debug("a channel ended", "peer", l.Peer().ID(), "from", c.RemoteAddr(), "err", l.Err())
+}
+
+// await returns when a channel has ended: by itself, with ctx, or after idle
+// without a stream.
+func (s *Server) await(ctx context.Context, l *Live, idle time.Duration) {
+	var tick <-chan time.Time
+	if idle > 0 {
+		t := time.NewTicker(idle / 2)
+		defer t.Stop()
+		tick = t.C
+	}
+	for empty := 0; ; {
+		select {
+		case <-l.Done():
+			return
+		case <-ctx.Done():
+			l.Close(nil)
+			return
+		case <-tick:
+			if empty++; l.Mux.Streams() > 0 {
+				empty = 0
+			}
+			if empty == 2 {
+				l.Close(nil)
+				return
+			}
+		}
+	}
 }
 
 // preface reads what a connection is for, for as long as ctx.
@@ -204,28 +240,28 @@ func (s *Server) preface(ctx context.Context, c net.Conn) (channel.Preface, erro
 }
 
 // prove lets a stranger show who it is, for as long as ctx.
-func (s *Server) prove(ctx context.Context, p channel.Preface, c net.Conn) (*Live, error) {
+func (s *Server) prove(ctx context.Context, p channel.Preface, c net.Conn) (l *Live, opened bool, err error) {
 	service, ok := s.Services[p.Kind]
 	if !ok {
 		c.Close()
-		return nil, fmt.Errorf("%v channels are not served here", p.Kind)
+		return nil, false, fmt.Errorf("%v channels are not served here", p.Kind)
 	}
 	config := service.Config
 	config.Kind = p.Kind
 	e, err := channel.RespondAfter(ctx, c, p, &config)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	from := ""
 	if a := c.RemoteAddr(); a != nil {
 		from = a.String()
 	}
-	full := errors.New("too many channels")
-	l := start(e, &config, false, from, s.Limits.Stream, service.Accept, func(l *Live) {
-		if !s.confirmed(c, l) {
-			e.Abort(channel.CloseAbuse, full)
+	l = start(e, &config, false, from, s.Limits.Stream, service.Accept, func(l *Live) {
+		if err := s.confirmed(c, l); err != nil {
+			e.Abort(channel.CloseAbuse, err)
 			return
 		}
+		opened = true
 		if service.Opened != nil {
 			service.Opened(l)
 		}
@@ -234,24 +270,62 @@ func (s *Server) prove(ctx context.Context, p channel.Preface, c net.Conn) (*Liv
 			l.Mux.Away()
 		}
 	})
-	return l, nil
+	return l, opened, nil
 }
 
+var (
+	errFull = errors.New("too many channels")
+	errEach = errors.New("this identity has too many channels")
+)
+
 // confirmed moves a lane from those that are half open to the channels, in one
-// step: a confirmed one is never evicted. It reports whether there was room.
-func (s *Server) confirmed(c net.Conn, l *Live) bool {
-	limit := s.Limits.Channels
+// step: a confirmed one is never evicted as half open. It returns why there is no
+// room.
+func (s *Server) confirmed(c net.Conn, l *Live) error {
+	limit, each := s.Limits.Channels, s.Limits.ChannelsEach
 	if limit <= 0 {
 		limit = defaultChannels
+	}
+	if each <= 0 {
+		each = defaultEach
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.half, c)
-	if len(s.lives) >= limit {
-		return false
+	id := l.Peer().ID()
+	if s.each[id] >= each {
+		return errEach
+	}
+	if len(s.lives) >= limit && !s.evictLocked() {
+		return errFull
 	}
 	s.lives[l] = struct{}{}
-	return true
+	s.each[id]++
+	return nil
+}
+
+// evictLocked gives up the channel of somebody who has shown no credential. Maps
+// are walked from a place chosen by chance.
+func (s *Server) evictLocked() bool {
+	for l := range s.lives {
+		if l.Peer().Credential() == nil {
+			s.forgetLocked(l)
+			go l.End.Abort(channel.CloseAbuse, errFull) // not under the lock
+			return true
+		}
+	}
+	return false
+}
+
+// forgetLocked takes a channel off the books, once.
+func (s *Server) forgetLocked(l *Live) {
+	if _, there := s.lives[l]; !there {
+		return
+	}
+	delete(s.lives, l)
+	if s.each[l.Peer().ID()]--; s.each[l.Peer().ID()] == 0 {
+		delete(s.each, l.Peer().ID())
+	}
 }
 
 // enter counts c as half open. At the cap one lane of the source that has most

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/stream"
@@ -294,6 +295,117 @@ func TestADrainingServerTakesNoLaneAndNoStream(t *testing.T) {
 		}
 		w.echoes(c)
 		stopKeeper()
+		stop()
+	})
+}
+
+// called is a channel to addr as a member, or as somebody without a credential.
+func (w *town) called(self *identity.Self, addr string) *link.Live {
+	w.Helper()
+	lane, err := w.net.Dial(context.Background(), "mem", addr)
+	if err != nil {
+		w.Fatal(err)
+	}
+	c := w.config()
+	if self != nil {
+		c.Self = self
+	}
+	l, err := link.Dial(context.Background(), lane, &c, nil)
+	if err != nil {
+		w.Fatal(err)
+	}
+	synctest.Wait()
+	return l
+}
+
+func (w *town) stranger() *identity.Self {
+	w.Helper()
+	self, err := identity.NewSelf()
+	if err != nil {
+		w.Fatal(err)
+	}
+	return self
+}
+
+func proofless(s *link.Server, idle time.Duration) {
+	service := s.Services[channel.Service]
+	service.Config.Proofless, service.Idle = true, idle
+	s.Services[channel.Service] = service
+}
+
+func TestOneIdentityDoesNotTakeEveryChannel(t *testing.T) {
+	in(t, func(w *town) {
+		s := w.server()
+		s.Limits.ChannelsEach = 3
+		stop := w.serve(s, "10.0.0.2:1")
+		greedy := w.member()
+		var lives []*link.Live
+		for range 5 {
+			lives = append(lives, w.called(greedy, "10.0.0.2:1"))
+		}
+		other := w.called(nil, "10.0.0.2:1")
+		for i, l := range lives {
+			var closed *channel.Closed
+			if over := errors.As(l.Err(), &closed) && closed.Code == channel.CloseAbuse; over != (i >= 3) {
+				t.Errorf("channel %d of 3 that one identity may have: %v", i+1, l.Err())
+			}
+		}
+		w.echoes(w.open(other))
+		lives[0].Close(nil) // and a place is free again
+		again := w.called(greedy, "10.0.0.2:1")
+		w.echoes(w.open(again))
+		for _, l := range append(lives, other, again) {
+			l.Close(nil)
+		}
+		stop()
+	})
+}
+
+func TestAFullServerGivesUpStrangersForNewcomersAndNeverMembers(t *testing.T) {
+	in(t, func(w *town) {
+		s := w.server()
+		s.Limits.Channels = 4
+		proofless(s, 0)
+		stop := w.serve(s, "10.0.0.2:1")
+		member := w.called(nil, "10.0.0.2:1")
+		lives := []*link.Live{member}
+		for range 20 {
+			lives = append(lives, w.called(w.stranger(), "10.0.0.2:1"))
+			w.sleep(3 * time.Second)
+		}
+		if n := len(s.Lives()); n != 4 || member.Err() != nil || lives[20].Err() != nil {
+			t.Errorf("%d channels; the member's: %v, the newcomer's: %v", n, member.Err(), lives[20].Err())
+		}
+		for range 4 { // members only: there is nobody to give up
+			lives = append(lives, w.called(nil, "10.0.0.2:1"))
+			w.sleep(3 * time.Second)
+		}
+		if last := lives[len(lives)-1]; last.Err() == nil || member.Err() != nil {
+			t.Errorf("among members the newcomer's: %v, the first one's: %v", last.Err(), member.Err())
+		}
+		for _, l := range lives {
+			l.Close(nil)
+		}
+		stop()
+	})
+}
+
+func TestAnIdleChannelOfAServiceForStrangersEnds(t *testing.T) {
+	in(t, func(w *town) {
+		s := w.server()
+		proofless(s, 30*time.Second)
+		stop := w.serve(s, "10.0.0.2:1")
+		idle, busy := w.called(w.stranger(), "10.0.0.2:1"), w.called(w.stranger(), "10.0.0.2:1")
+		c := w.open(busy)
+		w.sleep(time.Minute)
+		if idle.Err() == nil || busy.Err() != nil {
+			t.Errorf("after a minute the idle one: %v, the busy one: %v", idle.Err(), busy.Err())
+		}
+		c.Close()
+		w.sleep(time.Minute)
+		if busy.Err() == nil {
+			t.Error("a minute after its last stream it is still there")
+		}
 		stop()
 	})
 }
