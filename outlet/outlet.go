@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -53,14 +54,18 @@ type Server struct {
 	Logger *slog.Logger     // nil: discard
 
 	once   sync.Once
+	open   func() error // spawns the actor and starts the book, once
 	log    *slog.Logger
+	actor  *routing.Actor // decides, one stream at a time
 	server link.Server
 	book   *lease.Book
 	allow  atomic.Pointer[abac.Policy]
 	dials  chan struct{}
 
 	mu      sync.Mutex
-	over    sync.Cond // L is mu: streams became 0
+	asked   []*admitted // to be decided
+	gone    bool        // nobody decides any more
+	over    sync.Cond   // L is mu: streams became 0
 	streams int
 	all     sync.WaitGroup
 	stop    context.Context // resets every stream: the last Serve returns, or Drain gave up
@@ -92,6 +97,12 @@ func (s *Server) init() {
 		s.allow.Store(s.Allow)
 		s.book = &lease.Book{Policy: s.allow.Load, Now: s.Now, Logger: s.log}
 		s.stop, s.cancel = context.WithCancel(context.Background())
+		s.open = sync.OnceValue(func() (err error) {
+			if s.actor, err = s.Node.Spawn("", desk{s}, &routing.Options{Restart: new(routing.Restart)}); err == nil {
+				s.all.Go(func() { s.book.Run(s.stop) })
+			}
+			return err
+		})
 		s.server = link.Server{
 			Services: map[channel.Kind]link.Service{channel.Service: {
 				Config: channel.Config{
@@ -113,15 +124,18 @@ func (s *Server) init() {
 // may be served at once; the last one to return ends the targets being dialled.
 func (s *Server) Serve(ctx context.Context, lanes net.Listener) error {
 	s.init()
-	if s.serving.Add(1) == 1 {
-		s.all.Go(func() { s.book.Run(s.stop) })
+	if err := s.open(); err != nil {
+		lanes.Close()
+		return fmt.Errorf("serving %s: %w", s.Name, err)
 	}
+	s.serving.Add(1)
 	err := s.server.Serve(ctx, lanes)
 	if s.serving.Add(-1) == 0 {
 		s.cancel()
 		if l := s.accept.Load(); l != nil {
 			l.Close()
 		}
+		s.actor.Stop(nil)
 		s.all.Wait()
 	}
 	return err
@@ -184,9 +198,77 @@ func (s *Server) Drain(ctx context.Context) (left int) {
 	return left
 }
 
-// admit decides on a stream, on the lane reader's goroutine: it evaluates the
-// policy and never waits. Nothing is dialled before the decision.
+// admit gives a stream to the outlet's actor, which decides on it before this
+// returns unless it is at another one. The lane reader never waits.
 func (s *Server) admit(l *link.Live, in *stream.Incoming) {
+	s.mu.Lock()
+	gone := s.gone
+	if !gone {
+		s.asked = append(s.asked, &admitted{server: s, live: l, in: in})
+	}
+	s.mu.Unlock()
+	if gone {
+		in.Refuse(stream.CodeAway, "the outlet is shutting down")
+		return
+	}
+	s.actor.Run()
+}
+
+// desk is the outlet as an actor: it decides on streams, one at a time, in the
+// order in which they were opened. One on which it fails is refused, and it goes
+// on with the next.
+type desk struct{ *Server }
+
+func (desk) Receive(*routing.Actor, *routing.Message) error { return nil }
+
+func (d desk) Drained(*routing.Actor) error {
+	for {
+		a := d.next()
+		if a == nil {
+			return nil
+		}
+		d.decide(a)
+	}
+}
+
+func (d desk) next() *admitted {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.asked) == 0 {
+		d.asked = nil
+		return nil
+	}
+	a := d.asked[0]
+	d.asked[0] = nil
+	d.asked = d.asked[1:]
+	return a
+}
+
+// Stopped refuses what was not decided: nobody is left to do it.
+func (d desk) Stopped(error) {
+	d.mu.Lock()
+	d.gone = true
+	d.mu.Unlock()
+	for a := d.next(); a != nil; a = d.next() {
+		a.in.Refuse(stream.CodeAway, "the outlet is shutting down")
+	}
+}
+
+// decide sees that a stream is answered, also when what decides on it panics.
+func (d desk) decide(a *admitted) {
+	decided := false
+	defer func() {
+		if !decided {
+			a.in.Refuse(stream.CodeInternal, "")
+		}
+	}()
+	d.judge(a)
+	decided = true
+}
+
+// judge evaluates the policy and never waits. Nothing is dialled before it.
+func (d desk) judge(a *admitted) {
+	s, l, in := d.Server, a.live, a.in
 	switch in.Header.Kind {
 	case stream.Bytes, stream.Probe, stream.PingTarget:
 	default:
@@ -197,14 +279,13 @@ func (s *Server) admit(l *link.Live, in *stream.Incoming) {
 		in.Refuse(stream.CodeRefused, "an outlet knows no header with a body")
 		return
 	}
-	a := &admitted{server: s, live: l, in: in}
 	// Whatever the name, the policy for ours is asked: to whoever may not open
 	// that, every name has the same answer.
 	held, decision, err := s.book.Admit(s.Self, l.Peer(), s.request(), a.end)
 	if known := in.Header.Name == s.Name; err != nil || !known {
 		held.Release()
 		code, reason := refusal(decision, err)
-		s.log.Warn("a stream is refused", "name", in.Header.Name, "known", known, "stream", in.Stream(), "peer", l.Peer(), "reason", reason)
+		s.log.Warn("a stream is refused", "name", printable(in.Header.Name), "known", known, "stream", in.Stream(), "peer", l.Peer(), "reason", reason)
 		in.Refuse(code, reason)
 		return
 	}
@@ -222,6 +303,14 @@ func (s *Server) admit(l *link.Live, in *stream.Incoming) {
 	}
 	s.log.Info("a stream is admitted", "stream", in.Stream(), "peer", l.Peer(), "decision", decision.Reason())
 	s.all.Go(a.run)
+}
+
+// printable is a name that the peer chose, for the log: not every one is a name.
+func printable(name string) string {
+	if identity.ValidName(name) != nil {
+		return strconv.QuoteToASCII(name)
+	}
+	return name
 }
 
 // request is what the policy is asked; the book adds the principal.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
@@ -58,6 +59,55 @@ func TestThePolicyDecidesEachOpenBeforeTheTargetIsDialled(t *testing.T) {
 	})
 }
 
+func TestTheNodeListsTheOutletItsChannelsAndItsStreams(t *testing.T) {
+	virtual(t, echoing().dial, nil, func(y *yard) {
+		synctest.Wait()
+		count := func(what string, want int) {
+			t.Helper()
+			synctest.Wait()
+			n := 0
+			for range y.nodes[0].List() {
+				n++
+			}
+			if n != want {
+				t.Errorf("%s: %d actors, want %d", what, n, want)
+			}
+		}
+		count("the outlet", 1)
+		l := y.call(agent)
+		count("with a channel", 3)
+		c := y.stream(l)
+		count("with a stream", 4)
+		c.CloseWrite()
+		io.Copy(io.Discard, c)
+		count("when it has ended", 3)
+	})
+}
+
+// failing is a log that panics at a warning.
+type failing struct{ slog.Handler }
+
+func (failing) Handle(_ context.Context, r slog.Record) error {
+	if r.Level == slog.LevelWarn {
+		panic("the log is broken")
+	}
+	return nil
+}
+
+func TestADecisionThatPanicsIsARefusalAndTheNextStreamIsDecided(t *testing.T) {
+	virtual(t, echoing().dial, func(o *outlet.Server) {
+		o.Logger = slog.New(failing{slog.NewTextHandler(io.Discard, nil)})
+	}, func(y *yard) {
+		l, not := y.call(agent), y.call(guest)
+		for range 3 {
+			if _, err := ask(not, stream.Bytes, "db"); code(err) != stream.CodeInternal {
+				t.Errorf("the one that fails: %v", err)
+			}
+			y.echoes(y.stream(l))
+		}
+	})
+}
+
 func TestAHeaderWithABodyIsRefused(t *testing.T) {
 	db := echoing()
 	virtual(t, db.dial, nil, func(y *yard) {
@@ -85,9 +135,8 @@ func TestProbesOfAPeerThatDoesNotReadEndItsChannel(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		before := y.actors()
 		sent := 0
-		for id := uint32(1); id < 100000 && y.nodes[0].Len() > 0; id += 2 {
+		for id := uint32(1); id < 100000 && y.nodes[0].Len() > 1; id += 2 {
 			p := channel.AppendHeader(nil, 0x10, id, 12)
 			p = append(binary.BigEndian.AppendUint64(append(p, byte(stream.Probe)), 65536), 2, 'd', 'b')
 			p = binary.BigEndian.AppendUint64(channel.AppendHeader(p, 0x14, id, 8), 0)
@@ -101,8 +150,8 @@ func TestProbesOfAPeerThatDoesNotReadEndItsChannel(t *testing.T) {
 		}
 		time.Sleep(10 * time.Second)
 		// The pipe takes some 64 KiB of answers before the first one waits.
-		if left := y.nodes[0].Len(); left != 0 || sent < 1000 || sent > 5000 {
-			t.Errorf("after %d probes the outlet has %d actors of %d", sent, left, before)
+		if left := y.nodes[0].Len(); left != 1 || sent < 1000 || sent > 5000 {
+			t.Errorf("after %d probes the outlet has %d actors, want its own alone", sent, left)
 		}
 		deaf.Abort(channel.CloseInternal, context.Canceled)
 		time.Sleep(10 * time.Second)
