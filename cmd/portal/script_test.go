@@ -9,8 +9,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,13 +30,20 @@ func TestMain(m *testing.M) {
 
 // Each script is one thing the manual says, done with the real command.
 func TestScript(t *testing.T) {
+	// What the scripts start must hear these, also when the test does not:
+	// children inherit what is ignored, not what is handled.
+	for _, sig := range []os.Signal{syscall.SIGHUP, syscall.SIGINT} {
+		if signal.Ignored(sig) {
+			signal.Notify(make(chan os.Signal, 1), sig)
+		}
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
-			s := &stage{procs: make(map[string]*proc), held: make(map[string]net.Conn)}
+			s := &stage{procs: make(map[string]*proc), held: make(map[string]net.Conn), screens: make(map[string]*os.File)}
 			e.Values[stageKey{}] = s
 			e.Defer(s.close)
 			return nil
@@ -50,6 +59,7 @@ func TestScript(t *testing.T) {
 			"start":     start,
 			"await":     await,
 			"signal":    sendSignal,
+			"hangup":    hangup,
 			"ends":      ends,
 			"printed":   printed,
 			"echo":      echo,
@@ -76,6 +86,7 @@ type stageKey struct{}
 type stage struct {
 	procs   map[string]*proc
 	held    map[string]net.Conn
+	screens map[string]*os.File // the terminals' other ends
 	manager *net.UnixConn
 	ends    []func()
 }
@@ -217,12 +228,23 @@ func printed(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // start NAME COMMAND… starts a command that keeps running, in a session of its
-// own: it has no controlling terminal.
+// own: it has no controlling terminal. With start -tty it has one, its stdin;
+// hangup NAME takes that away.
 func start(ts *testscript.TestScript, neg bool, args []string) {
+	tty := args[0] == "-tty"
+	if tty {
+		args = args[1:]
+	}
 	s := stageOf(ts)
 	p := &proc{cmd: command(ts, args[1:]), ended: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.data, &p.out
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: tty}
+	if tty {
+		screen, line := terminal(ts)
+		defer line.Close()
+		s.screens[args[0]], p.cmd.Stdin = screen, line
+		s.ends = append(s.ends, func() { screen.Close() })
+	}
 	ts.Check(p.cmd.Start())
 	go func() {
 		p.err = p.cmd.Wait()
@@ -259,6 +281,10 @@ func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 	p := stageOf(ts).proc(ts, args[0])
 	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP, "KILL": syscall.SIGKILL}[args[1]]
 	ts.Check(p.cmd.Process.Signal(sig))
+}
+
+func hangup(ts *testscript.TestScript, neg bool, args []string) {
+	ts.Check(stageOf(ts).screens[args[0]].Close())
 }
 
 // ends NAME CODE waits for the end of a started command.
@@ -419,15 +445,8 @@ func told(ts *testscript.TestScript, neg bool, args []string) {
 // type FILE COMMAND… runs a command on a terminal, types the file when the
 // command asks, and leaves what the terminal showed in screen.txt.
 func typeIn(ts *testscript.TestScript, neg bool, args []string) {
-	ptmx, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
-	ts.Check(err)
+	ptmx, tty := terminal(ts)
 	defer ptmx.Close()
-	fd := int(ptmx.Fd())
-	ts.Check(unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0))
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	ts.Check(err)
-	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
-	ts.Check(err)
 	cmd := command(ts, args[1:])
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
@@ -442,16 +461,39 @@ func typeIn(ts *testscript.TestScript, neg bool, args []string) {
 		screen.Write(b[:n])
 		if !typed && strings.Contains(screen.String(), "(it is not shown): ") {
 			typed = true
+			for limit := time.Now().Add(patience); echoes(ptmx) && time.Now().Before(limit); {
+				runtime.Gosched() // the question comes before the terminal is told not to show the answer
+			}
 			io.WriteString(ptmx, ts.ReadFile(args[0]))
 		}
 		if err != nil { // EIO: nobody has the other end any more
 			break
 		}
 	}
-	err = cmd.Wait()
+	err := cmd.Wait()
 	ts.Logf("%s", &screen)
 	ts.Check(os.WriteFile(ts.MkAbs("screen.txt"), screen.Bytes(), 0o600))
 	if (err != nil) != neg {
 		ts.Fatalf("%v", err)
 	}
+}
+
+// echoes reports whether the terminal shows what is typed.
+func echoes(screen *os.File) bool {
+	state, err := unix.IoctlGetTermios(int(screen.Fd()), unix.TCGETS)
+	return err == nil && state.Lflag&unix.ECHO != 0
+}
+
+// terminal makes a terminal: the end that a person looks at, and the end that a
+// process has.
+func terminal(ts *testscript.TestScript) (screen, line *os.File) {
+	screen, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	ts.Check(err)
+	fd := int(screen.Fd())
+	ts.Check(unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0))
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	ts.Check(err)
+	line, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	ts.Check(err)
+	return screen, line
 }

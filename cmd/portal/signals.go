@@ -17,6 +17,9 @@ import (
 //	a second one      they are reset at once
 //	SIGHUP            with a controlling terminal as SIGTERM; else policies are read again
 //
+// SIGINT and SIGHUP do nothing in a process that was started with them ignored,
+// as by nohup.
+//
 // Drained after SIGTERM it exits 0, after SIGINT 130; when the grace time ended
 // first, 5.
 
@@ -40,10 +43,20 @@ func (j job) head() string { return strings.TrimSpace(j.role + " " + j.name) }
 // supervise runs a job until it fails, ctx ends, or a signal ends it.
 func (s *session) supervise(ctx context.Context, j job) error {
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	hear(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
 	// Asked now: when the terminal hangs up it is not there to be found.
 	return s.govern(ctx, j, signals, controllingTerminal())
+}
+
+// hear is signal.Notify without the signals that whoever started this process
+// has it ignore: Notify would undo that.
+func hear(signals chan<- os.Signal, which ...os.Signal) {
+	for _, sig := range which {
+		if !signal.Ignored(sig) {
+			signal.Notify(signals, sig)
+		}
+	}
 }
 
 // govern is supervise for these signals; hangup says that SIGHUP ends the job.
@@ -149,7 +162,7 @@ func controllingTerminal() bool {
 func interruptible(ctx context.Context) (_ context.Context, after func(error) error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	hear(signals, syscall.SIGINT, syscall.SIGTERM)
 	done := make(chan struct{})
 	stop := make(chan struct{})
 	go func() {
