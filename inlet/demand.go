@@ -20,30 +20,37 @@ const look = time.Second
 type demand struct {
 	server *Server
 
-	mu   sync.Mutex
-	live *link.Live
-	all  sync.WaitGroup // one goroutine for each channel
+	mu    sync.Mutex
+	live  *link.Live
+	asked map[chan struct{}]struct{} // one for each channel: judge its outlet again
+	all   sync.WaitGroup             // one goroutine for each channel
 }
 
 // hold watches l until it ends. Asking again for the same one changes nothing.
 func (d *demand) hold(l *link.Live) {
+	changed := make(chan struct{}, 1)
+	changed <- struct{}{} // between the first judgement and now
 	d.mu.Lock()
 	same := d.live == l
-	d.live = l
+	if !same {
+		d.live = l
+		if d.asked == nil {
+			d.asked = make(map[chan struct{}]struct{})
+		}
+		d.asked[changed] = struct{}{}
+	}
 	d.mu.Unlock()
 	if same {
 		return
 	}
-	changed := make(chan struct{}, 1)
-	changed <- struct{}{} // between the first judgement and now
-	stop := l.Peer().OnChange(func() {
-		select {
-		case changed <- struct{}{}:
-		default:
-		}
-	})
+	stop := l.Peer().OnChange(func() { poke(changed) })
 	d.all.Go(func() {
-		defer stop()
+		defer func() {
+			stop()
+			d.mu.Lock()
+			delete(d.asked, changed)
+			d.mu.Unlock()
+		}()
 		t := time.NewTicker(look)
 		defer t.Stop()
 		var theirs, ours term
@@ -69,6 +76,23 @@ func (d *demand) hold(l *link.Live) {
 			}
 		}
 	})
+}
+
+// again has every channel judged again, also one whose streams only finish.
+func (d *demand) again() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for changed := range d.asked {
+		poke(changed)
+	}
+}
+
+// poke sends to a channel with one slot, unless it is full.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
 
 func (d *demand) end(l *link.Live, code stream.Code, err error) {

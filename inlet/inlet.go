@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
@@ -73,6 +74,7 @@ type Server struct {
 	// serve; zero takes any that may serve the name.
 	Pin identity.ID
 	// Require narrows who may serve the name; nil leaves it at the credential.
+	// See SetRequire.
 	Require *abac.Policy
 
 	Kind       Kind
@@ -82,11 +84,12 @@ type Server struct {
 	Logger     *slog.Logger // nil: discard
 	OnState    func(State)  // each change, one at a time; must not wait
 
-	once   sync.Once
-	log    *slog.Logger
-	keeper link.Keeper
-	book   demand
-	slots  chan struct{}
+	once    sync.Once
+	log     *slog.Logger
+	keeper  link.Keeper
+	book    demand
+	require atomic.Pointer[abac.Policy]
+	slots   chan struct{}
 
 	mu       sync.Mutex
 	over     sync.Cond // L is mu: streams became 0
@@ -118,6 +121,7 @@ func (s *Server) init() {
 		s.serving = make(map[*listening]struct{})
 		s.over.L = &s.mu
 		s.book.server = s
+		s.require.Store(s.Require)
 		s.keeper = link.Keeper{
 			Paths: s.Paths,
 			Config: channel.Config{
@@ -147,6 +151,15 @@ func (s *Server) State() State {
 	return s.keeper.State()
 }
 
+// SetRequire replaces Require. The outlet of every open channel is judged again
+// at once, and one that was refused is asked again.
+func (s *Server) SetRequire(p *abac.Policy) {
+	s.init()
+	s.require.Store(p)
+	s.book.again()
+	s.keeper.Kick()
+}
+
 // judge is the inlet's demand on its outlet, asked before our own credential
 // is shown: it may serve the name, and meets Require.
 func (s *Server) judge(p *identity.Peer) error {
@@ -157,10 +170,11 @@ func (s *Server) judge(p *identity.Peer) error {
 	if !c.MayServe(s.Name) {
 		return fmt.Errorf("its credential does not let it serve %s", s.Name)
 	}
-	if s.Require == nil {
+	require := s.require.Load()
+	if require == nil {
 		return nil
 	}
-	d := s.Require.Decide(abac.Request{
+	d := require.Decide(abac.Request{
 		Principal: lease.Principal(p), PrincipalID: p.ID().String(), Action: "serve",
 		Resource: map[string]any{"name": s.Name}, ResourceID: s.Name,
 	})

@@ -130,6 +130,60 @@ func TestRequireNarrowsWhoMayServeTheName(t *testing.T) {
 	})
 }
 
+func TestAReplacedRequireIsInForceAtOnce(t *testing.T) {
+	require := func(name string) *abac.Policy {
+		p, err := abac.Short("serve", "db", `principal has name && principal.name == "`+name+`"`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	virtual(t, "agent", func(_ *outlet.Server, in *inlet.Server) { in.Require = require("db1") }, func(s *street) {
+		c := s.connect()
+		time.Sleep(time.Minute)
+		s.inlet.SetRequire(nil)
+		synctest.Wait()
+		s.echoes(c) // it may still: nothing happens
+		begin := time.Now()
+		s.inlet.SetRequire(require("db2"))
+		s.isReset(c)
+		if d := time.Since(begin); d != 0 {
+			t.Errorf("reset %v after the outlet was no longer wanted", d)
+		}
+		s.await(t, link.Refused)
+		if _, err := s.inlet.Dial(s.Context()); err == nil {
+			t.Error("a stream was opened")
+		}
+		synctest.Wait()
+		begin = time.Now()
+		s.inlet.SetRequire(require("db1"))
+		s.await(t, link.Ready)
+		if d := time.Since(begin); d != 0 {
+			t.Errorf("there again %v after the outlet was wanted again", d)
+		}
+		s.connect().Close()
+	})
+}
+
+func TestAReplacedRequireIsInForceForStreamsThatOnlyFinish(t *testing.T) {
+	p, err := abac.Short("serve", "db", `principal has name && principal.name == "db2"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	virtual(t, "agent", nil, func(s *street) {
+		c := s.connect()
+		go s.outlet.Drain(s.Context()) // its channel takes nothing new
+		s.await(t, link.Waiting)
+		s.echoes(c)
+		begin := time.Now()
+		s.inlet.SetRequire(p)
+		s.isReset(c)
+		if d := time.Since(begin); d != 0 {
+			t.Errorf("reset %v after the outlet was no longer wanted", d)
+		}
+	})
+}
+
 func TestAnOutletThatIsRefusedNeverSeesOurCredential(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var s street

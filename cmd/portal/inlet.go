@@ -69,7 +69,7 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	if p.routes, err = o.way.plan("inlet", o.name); err != nil {
 		return nil, err
 	}
-	if p.demand, err = policy("require", "serve", o.name, o.require); err != nil {
+	if p.demand, err = p.readDemand(); err != nil {
 		return nil, err
 	}
 	if p.speaks, err = inlet.ParseKind(o.kind); err != nil {
@@ -82,6 +82,11 @@ func (o inletOptions) plan() (*inletPlan, error) {
 		return nil, err
 	}
 	return p, atLeast("grace", o.grace, 0)
+}
+
+// readDemand is --require as it is now: files are read again.
+func (p *inletPlan) readDemand() (*abac.Policy, error) {
+	return policy("require", "serve", p.name, p.require)
 }
 
 func runInlet(ctx context.Context, s *session, o inletOptions) error {
@@ -119,7 +124,14 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 		},
 		streams: server.Streams,
 		drain:   server.Drain,
-		reload:  m.reload,
+		reload: func() error {
+			demand, err := p.readDemand()
+			if err != nil {
+				return err
+			}
+			server.SetRequire(demand)
+			return m.reload()
+		},
 	})
 }
 
