@@ -206,8 +206,16 @@ func status(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Logf("[stdout]\n%s[stderr]\n%s", &stdout, &stderr)
 	ts.Check(os.WriteFile(ts.MkAbs("stdout.txt"), stdout.Bytes(), 0o600))
 	ts.Check(os.WriteFile(ts.MkAbs("stderr.txt"), stderr.Bytes(), 0o600))
+	wantNoPanic(ts, stdout.String()+stderr.String())
 	if got := cmd.ProcessState.ExitCode(); got != want {
 		ts.Fatalf("exit status %d, want %d", got, want)
+	}
+}
+
+// wantNoPanic tells a crash from a usage error: a Go program exits 2 for both.
+func wantNoPanic(ts *testscript.TestScript, text string) {
+	if strings.Contains(text, "panic:") || strings.Contains(text, "goroutine ") {
+		ts.Fatalf("it panicked:\n%s", text)
 	}
 }
 
@@ -296,6 +304,7 @@ func ends(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("%s does not end:\n%s", args[0], p.out.String())
 	}
 	ts.Logf("%s", p.out.String())
+	wantNoPanic(ts, p.out.String()+p.data.String())
 	if got := strconv.Itoa(p.cmd.ProcessState.ExitCode()); got != args[1] {
 		ts.Fatalf("%s: exit status %s, want %s:\n%s", args[0], got, args[1], p.out.String())
 	}
