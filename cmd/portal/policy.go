@@ -2,8 +2,10 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"strings"
+	"syscall"
 
 	"github.com/portal-tunnel/portal/abac"
 )
@@ -26,7 +28,7 @@ func policy(flag, action, name string, ps []string) (*abac.Policy, error) {
 			return nil, &failure{code: codePolicy, err: syntax}
 		}
 		if err != nil {
-			return nil, fail(codePolicy, "", "--%s: %w", flag, err)
+			return nil, fail(codePolicy, "@FILE names a regular file with whole policies", "--%s: %w", flag, err)
 		}
 		set = append(set, one)
 	}
@@ -41,11 +43,19 @@ func onePolicy(action, name, p string) (*abac.Policy, error) {
 	if !ok {
 		return abac.Short(action, name, p)
 	}
-	f, err := os.Open(file)
+	// Opening a pipe would wait for its writer, and a signal to end for that.
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", file)
+	}
 	src, err := readAll(f, maxPolicy, file)
 	if err != nil {
 		return nil, err
