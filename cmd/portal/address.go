@@ -274,9 +274,15 @@ func holder(addr string) (pid int, name string) {
 // listenUnix makes the socket in a directory that only this user may enter,
 // gives it its mode and group there, and moves it to its place: at no moment
 // can anybody open it who may not. What lies in that place is replaced only
-// when it is a socket and nobody answers on it.
+// when it is a socket and nobody answers on it; of several processes that find
+// that at once, one has the place.
 func listenUnix(ctx context.Context, path string, o socketOptions) (net.Listener, error) {
 	at := "unix:" + path
+	unlock, err := lockDir(ctx, filepath.Dir(path))
+	if err != nil {
+		return nil, fail(codeListen, "", "listening on %s: %w", at, err)
+	}
+	defer unlock()
 	if err := stale(ctx, path); err != nil {
 		return nil, err
 	}
@@ -299,6 +305,39 @@ func listenUnix(ctx context.Context, path string, o socketOptions) (net.Listener
 		return nil, fail(codeListen, "", "listening on %s: %w", at, err)
 	}
 	return l, nil
+}
+
+const (
+	dirWait  = 5 * time.Second // others hold the lock for a moment
+	dirRetry = 10 * time.Millisecond
+)
+
+// lockDir takes the lock of the directory itself: a file beside the socket would
+// stay there, and that of PostgreSQL's socket has a meaning.
+func lockDir(ctx context.Context, dir string) (unlock func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, dirWait, fmt.Errorf("another process has locked %s for %s", dir, dirWait))
+	defer cancel()
+	for {
+		err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { d.Close() }, nil
+		case errors.Is(err, syscall.EINTR):
+			continue
+		case errors.Is(err, syscall.EWOULDBLOCK):
+			err = pause(ctx, dirRetry)
+		default:
+			err = fmt.Errorf("locking %s: %w", dir, err)
+		}
+		if err != nil {
+			d.Close()
+			return nil, err
+		}
+	}
 }
 
 // stale looks at what lies where a socket is to be: nothing, or a socket that

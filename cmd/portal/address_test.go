@@ -10,7 +10,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 )
 
 func TestListenAddresses(t *testing.T) {
@@ -222,6 +224,74 @@ func TestStaleSocketIsReplacedAndALiveOneIsNot(t *testing.T) {
 		t.Fatalf("the first is gone: %v", err)
 	}
 	c.Close()
+}
+
+func TestOfTwoThatTakeASocketAtOnceOneGetsIt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	a, err := parseListen("unix:" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for round := range 200 {
+		if round%2 == 1 { // over one that was left behind
+			dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			dead.SetUnlinkOnClose(false)
+			dead.Close()
+		}
+		var lns [2][]net.Listener
+		var errs [2]error
+		var both sync.WaitGroup
+		begin := make(chan struct{})
+		for i := range 2 {
+			both.Go(func() {
+				<-begin
+				lns[i], errs[i] = a.listen(t.Context(), socketOptions{})
+			})
+		}
+		close(begin)
+		both.Wait()
+		won, lost := 0, errs[1]
+		if errs[0] != nil {
+			won, lost = 1, errs[0]
+		}
+		var f *failure
+		if errs[won] != nil || !errors.As(lost, &f) || f.code != codeInUse {
+			t.Fatalf("round %d: %v, %v", round, errs[0], errs[1])
+		}
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatalf("round %d: nobody has the socket: %v", round, err)
+		}
+		c.Close()
+		closeAll(lns[won])
+	}
+}
+
+func TestDirectoryThatStaysLockedIsNamed(t *testing.T) {
+	dir := t.TempDir()
+	unlock, err := lockDir(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	a, err := parseListen("unix:" + filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := a.listen(ctx, socketOptions{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("interrupted: %v", err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		_, err := a.listen(t.Context(), socketOptions{})
+		if err == nil || !strings.Contains(err.Error(), "another process has locked "+dir+" for 5s") {
+			t.Errorf("got %v", err)
+		}
+	})
 }
 
 func TestFileInPlaceOfASocketIsLeftAlone(t *testing.T) {
