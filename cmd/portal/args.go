@@ -1,6 +1,7 @@
 package main
 
 import (
+	"regexp"
 	"slices"
 	"strings"
 
@@ -33,6 +34,16 @@ func (l *commandLine) argv(app string) []string {
 
 // order reads argv, without the program's name.
 func order(app *cli.App, argv []string, env environment) (*commandLine, error) {
+	// Before anything is said about a word: wherever a ticket stands in it, it
+	// must not be repeated.
+	for _, word := range argv {
+		if word == "--" { // no flag takes that for its value
+			break
+		}
+		if holdsTicket(word) {
+			return nil, ticketInArgument()
+		}
+	}
 	l := new(commandLine)
 	var early []string // flags before the command: they are the command's
 	rest := argv
@@ -49,7 +60,7 @@ func order(app *cli.App, argv []string, env environment) (*commandLine, error) {
 				return nil, unknownFlag(rest[0], "", everyCommand())
 			}
 			if !bound && takesValue(f) {
-				if len(rest) < 2 {
+				if len(rest) < 2 || rest[1] == "--" {
 					return nil, missingValue(rest[0])
 				}
 				value, n = rest[1], 2
@@ -105,9 +116,6 @@ func order(app *cli.App, argv []string, env environment) (*commandLine, error) {
 			l.after = append([]string{}, rest...)
 			break
 		}
-		if looksLikeTicket(word) {
-			return nil, ticketInArgument()
-		}
 		if !strings.HasPrefix(word, "-") || word == "-" {
 			l.args = append(l.args, word)
 			continue
@@ -132,9 +140,6 @@ func order(app *cli.App, argv []string, env environment) (*commandLine, error) {
 				return nil, missingValue(word)
 			}
 			value, rest, bound = rest[0], rest[1:], true
-		}
-		if looksLikeTicket(value) {
-			return nil, ticketInArgument()
 		}
 		given = append(given, join(f, value, bound))
 	}
@@ -171,7 +176,7 @@ func environmentFlags(cmd *cli.Command, path, given []string, env environment) (
 		if isReservedFlag(f) {
 			return nil, notYet(prefix + variable(name))
 		}
-		if looksLikeTicket(v) {
+		if holdsTicket(v) {
 			return nil, fail(codeSecretArg, "put the ticket in PORTAL_TICKET, or its file's name in PORTAL_TICKET_FILE",
 				"%s%s holds a ticket; it takes the name of a file", prefix, variable(name))
 		}
@@ -255,9 +260,6 @@ func unknownFlag(word, command string, flags []cli.Flag) error {
 }
 
 func unknownCommand(word, parent string, cmds []*cli.Command) error {
-	if looksLikeTicket(word) {
-		return ticketInArgument()
-	}
 	remedy := "see `portal " + parent + "--help`"
 	var all []string
 	for _, c := range cmds {
@@ -277,20 +279,12 @@ func notYet(what string) error {
 	return fail(codeNotYet, "", "%s is not available in this version; the syntax is reserved", what)
 }
 
-// ticketPrefix begins the text of every ticket.
-const ticketPrefix = "portal1"
+// aTicket is a ticket, or the most of one, anywhere in a word. 40 characters are
+// more than any name of a file or service has that is written so.
+var aTicket = regexp.MustCompile(`(?i)portal1[a-z0-9]{33}`)
 
-// looksLikeTicket finds a ticket, or the most of one, where a secret must not
-// be. 40 characters are more than any name of a file or service that begins so.
-func looksLikeTicket(word string) bool {
-	word = strings.ToLower(strings.TrimSpace(word))
-	if len(word) < 40 || !strings.HasPrefix(word, ticketPrefix) {
-		return false
-	}
-	return !strings.ContainsFunc(word, func(r rune) bool {
-		return (r < 'a' || r > 'z') && (r < '0' || r > '9')
-	})
-}
+// holdsTicket finds a secret where none must be.
+func holdsTicket(word string) bool { return aTicket.MatchString(word) }
 
 func ticketInArgument() error {
 	return fail(codeSecretArg, "give it on stdin: `portal enroll -`; in a file: `portal enroll FILE`; or in PORTAL_TICKET. Make a new one: this one has been seen",

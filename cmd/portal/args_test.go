@@ -133,6 +133,20 @@ func TestLinesThatAreRefused(t *testing.T) {
 		{"outlet db --ticket " + ticket, codeSecretArg, "stdin"},
 		{"outlet db --ticket=" + ticket, codeSecretArg, "stdin"},
 		{ticket, codeSecretArg, "stdin"},
+		{"--home " + ticket + " identity show", codeSecretArg, "stdin"},
+		{"--home=" + ticket + " identity show", codeSecretArg, "stdin"},
+		{"-o " + ticket + " version", codeSecretArg, "stdin"},
+		{"--help " + ticket, codeSecretArg, "stdin"},
+		{"-" + ticket, codeSecretArg, "stdin"},
+		{"enroll -" + ticket, codeSecretArg, "stdin"},
+		{"enroll --" + ticket, codeSecretArg, "stdin"},
+		{"enroll --ticket:" + ticket, codeSecretArg, "stdin"},
+		{"outlet db --tikcet=" + ticket, codeSecretArg, "stdin"},
+		{"outlet db --label x:=" + ticket, codeSecretArg, "stdin"},
+		{"ticket revoke /" + ticket + "/", codeSecretArg, "stdin"},
+		{"ticket " + ticket, codeSecretArg, "stdin"},
+		{"explain " + ticket[:40], codeSecretArg, "stdin"},
+		{"--home -- " + ticket, codeUsage, "needs a value"},
 	} {
 		_, err := orderLine(nil, strings.Fields(test.line)...)
 		var f *failure
@@ -155,6 +169,14 @@ func TestTicketInAVariableForAFileIsRefused(t *testing.T) {
 	var f *failure
 	if !errors.As(err, &f) || f.code != codeSecretArg {
 		t.Errorf("got %v", err)
+	}
+}
+
+// Whoever is given a program to run gets its arguments as they are.
+func TestTicketBehindTheDashesIsTheCommands(t *testing.T) {
+	l, err := orderLine(nil, "outlet", "db", "--", "cat", "portal1"+strings.Repeat("a", 60))
+	if err != nil || len(l.after) != 2 {
+		t.Errorf("%+v, %v", l, err)
 	}
 }
 
