@@ -290,7 +290,8 @@ func newApp(s *session) *cli.App {
 				Name: "ping", Usage: "ask an outlet whether this member may come in, and how long it takes", ArgsUsage: "NAME", Category: "Tunnel",
 				Flags: slices.Concat(wayFlags(), []cli.Flag{
 					&cli.BoolFlag{Name: "target", Usage: "have the outlet dial its target as well"},
-					&cli.DurationFlag{Name: "timeout", Value: 10 * time.Second, Usage: "give up after `TIME`"},
+					// Longer than an outlet dials, so that it can say that its target is silent.
+					&cli.DurationFlag{Name: "timeout", Value: 15 * time.Second, Usage: "give up after `TIME`"},
 				}, membershipFlags()),
 				Action: s.once(1, 1, func(ctx context.Context, c *cli.Context) error {
 					return runPing(ctx, s, pingOptions{

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/portal-tunnel/portal/outlet"
 	"github.com/urfave/cli/v2"
@@ -215,6 +216,16 @@ func TestLimitsOfTheOutletCommandAreThoseOfItsPackage(t *testing.T) {
 		if f := findFlag(flags, name).(*cli.IntFlag); f.Value != want {
 			t.Errorf("--%s is %d without being given, and the package's default is %d", name, f.Value, want)
 		}
+	}
+}
+
+// An outlet that is asked for its target must be able to say that it is silent.
+func TestPingWaitsLongerThanAnOutletDials(t *testing.T) {
+	app := newApp(new(session))
+	ping := findFlag(app.Command("ping").Flags, "timeout").(*cli.DurationFlag).Value
+	dial := findFlag(app.Command("outlet").Flags, "dial-timeout").(*cli.DurationFlag).Value
+	if ping < dial+time.Second {
+		t.Errorf("ping gives up after %s, an outlet after %s", ping, dial)
 	}
 }
 

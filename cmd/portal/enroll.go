@@ -75,7 +75,7 @@ func enroll(ctx context.Context, s *session, client *authority.Client, ticket *i
 		}
 		next := backoff(try)
 		if deadline, _ := limited.Deadline(); ctx.Err() != nil || time.Until(deadline) < next {
-			return nil, fail(codeUnreachable, "the ticket is not spent: try again when the authority can be reached, or say where with --direct HOST:PORT", "%w", err)
+			return nil, unspent(err)
 		}
 		s.say("waiting: %s; next try in %s", reasonText(err), seconds(next))
 		pause(limited, next)

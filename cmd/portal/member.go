@@ -79,26 +79,40 @@ func notMember(h *identity.Home) error {
 }
 
 // join becomes a member when the home is not one yet. An authority that cannot
-// be reached is waited for.
+// be reached is waited for, until ctx ends.
 func (m *member) join(ctx context.Context, t *teller) error {
 	if m.ticket == nil {
 		return nil
 	}
+	var last error // of the tries that ctx did not cut short
 	for try := 0; ; try++ {
 		e, err := m.client.Enroll(ctx, m.ticket)
-		if err == nil {
+		switch {
+		case err == nil:
 			t.s.say("enrolled as %s", standing(m.self.ID(), e.Membership, e.Credential))
 			return nil
-		}
-		if !temporary(err) || ctx.Err() != nil {
+		case !temporary(err):
 			return err
+		case ctx.Err() == nil:
+			last = err
+			next := backoff(try)
+			t.waiting(err, next)
+			pause(ctx, next)
+		case last == nil:
+			last = err
 		}
-		next := backoff(try)
-		t.waiting(err, next)
-		if err := pause(ctx, next); err != nil {
-			return err
+		switch {
+		case late(ctx):
+			return unspent(last)
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
 		}
 	}
+}
+
+// unspent is why a ticket was not redeemed in time.
+func unspent(last error) error {
+	return fail(codeUnreachable, "the ticket is not spent: try again when the authority can be reached, or say where with `portal enroll --direct HOST:PORT`", "%w", last)
 }
 
 // temporary reports whether asking the authority again can help.

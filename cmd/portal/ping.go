@@ -8,6 +8,7 @@ import (
 
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/stream"
 )
 
 type pingOptions struct {
@@ -42,7 +43,7 @@ func runPing(ctx context.Context, s *session, o pingOptions) error {
 		return err
 	}
 	server := way.inlet(o.name, m, s.log)
-	p, err := probe(ctx, server, o.target)
+	p, err := probe(ctx, server, o)
 	if err != nil {
 		return fmt.Errorf("outlet %s: %w", o.name, err)
 	}
@@ -67,7 +68,7 @@ func runPing(ctx context.Context, s *session, o pingOptions) error {
 
 // probe runs the inlet until it has an answer: nobody's longer than ctx, a
 // refusal's at once.
-func probe(ctx context.Context, server *inlet.Server, target bool) (p inlet.Probe, err error) {
+func probe(ctx context.Context, server *inlet.Server, o pingOptions) (p inlet.Probe, err error) {
 	states := make(chan inlet.State, 1)
 	server.OnState = func(state inlet.State) {
 		select {
@@ -83,24 +84,63 @@ func probe(ctx context.Context, server *inlet.Server, target bool) (p inlet.Prob
 		stop()
 		<-ended
 	}()
-	var last error
+	var last inlet.State
 	for {
 		select {
 		case state := <-states:
 			switch state.Kind {
 			case link.Ready:
-				return server.Probe(ctx, target)
+				p, err := server.Probe(ctx, o.target)
+				if err != nil && late(ctx) {
+					err = o.silent(p, err)
+				}
+				return p, err
 			case link.Refused:
 				return p, state.Err
 			}
-			last = state.Err
-		case <-ctx.Done():
-			if last == nil || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				last = ctx.Err()
+			if state.Err != nil { // not that it ends because ctx did
+				last = state
 			}
-			return p, fail(codeUnreachable, causes[codeUnreachable][1], "no answer in time: %w", last)
+		case <-ctx.Done():
+			if !late(ctx) {
+				return p, ctx.Err()
+			}
+			return p, o.unreached(last)
 		}
 	}
+}
+
+// late reports whether ctx ended because its time was over.
+func late(ctx context.Context) bool { return errors.Is(ctx.Err(), context.DeadlineExceeded) }
+
+// unreached says what was waited for when the time was over, last being why that
+// is what it came to.
+func (o pingOptions) unreached(last inlet.State) error {
+	switch {
+	case last.Err == nil:
+		return fail(codeUnreachable, causes[codeUnreachable][1], "neither a channel nor a decision within %s", o.timeout)
+	case last.Peer == nil:
+		return fail(codeUnreachable, causes[codeUnreachable][1], "no channel within %s: %w", o.timeout, last.Err)
+	}
+	return o.undecided()
+}
+
+func (o pingOptions) undecided() error {
+	return fail(codeUnreachable, "see the outlet's log: it takes a channel and does not answer on it", "no decision of its policy within %s", o.timeout)
+}
+
+// silent says which of the two questions on the channel was not answered when the
+// time was over.
+func (o pingOptions) silent(p inlet.Probe, err error) error {
+	var told *stream.RefusedError
+	switch {
+	case errors.As(err, &told): // in the last moment
+		return err
+	case p.Answer == 0:
+		return o.undecided()
+	}
+	return fail(codeTargetSlow, "a --timeout longer than the outlet's --dial-timeout has the outlet say what its target does",
+		"it lets this member in, and its target has not answered within %s", o.timeout)
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

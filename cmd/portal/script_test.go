@@ -63,6 +63,7 @@ func TestScript(t *testing.T) {
 			"ends":      ends,
 			"printed":   printed,
 			"echo":      echo,
+			"deaf":      deaf,
 			"ask":       ask,
 			"hold":      hold,
 			"cut":       cut,
@@ -336,6 +337,29 @@ func echo(ts *testscript.TestScript, neg bool, args []string) {
 	s.ends = append(s.ends, func() { cancel(); ln.Close(); <-done })
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
 	ts.Setenv(args[0], port)
+}
+
+// deaf VARIABLE makes a target that answers no SYN: its queue of connections that
+// nobody accepts is full. Its port goes to VARIABLE.
+func deaf(ts *testscript.TestScript, neg bool, args []string) {
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	ts.Check(err)
+	s := stageOf(ts)
+	s.ends = append(s.ends, func() { syscall.Close(fd) })
+	ts.Check(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	ts.Check(syscall.Listen(fd, 0))
+	bound, err := syscall.Getsockname(fd)
+	ts.Check(err)
+	port := strconv.Itoa(bound.(*syscall.SockaddrInet4).Port)
+	for range 16 {
+		c, err := net.DialTimeout("tcp", "127.0.0.1:"+port, 500*time.Millisecond)
+		if err != nil {
+			ts.Setenv(args[0], port)
+			return
+		}
+		s.ends = append(s.ends, func() { c.Close() })
+	}
+	ts.Fatalf("a full queue still takes connections")
 }
 
 func dialScript(ts *testscript.TestScript, addr string) net.Conn {

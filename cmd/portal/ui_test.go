@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"runtime"
 	"strings"
@@ -12,6 +13,10 @@ import (
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
+
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/stream"
 )
 
 func TestPeerTextIsEscapedAndBounded(t *testing.T) {
@@ -199,6 +204,30 @@ func TestJobThatFailsEndsTheProcess(t *testing.T) {
 	s.stderr.Close()
 	if !strings.Contains(stderr.String(), "portal: the port is gone (PORTAL-E0100)") {
 		t.Errorf("stderr: %s", &stderr)
+	}
+}
+
+func TestPingSaysWhatItWaitedFor(t *testing.T) {
+	o := pingOptions{name: "db", timeout: 2 * time.Second}
+	late := fmt.Errorf("waiting for the stream's answer: %w", context.DeadlineExceeded)
+	for _, test := range []struct {
+		err  error
+		code code
+		text string
+	}{
+		{o.unreached(inlet.State{}), codeUnreachable, "neither a channel nor a decision within 2s"},
+		{o.unreached(inlet.State{Err: errors.New("no route")}), codeUnreachable, "no channel within 2s: no route"},
+		{o.unreached(inlet.State{Err: late, Peer: new(identity.Peer)}), codeUnreachable, "no decision of its policy within 2s"},
+		{o.silent(inlet.Probe{}, late), codeUnreachable, "no decision of its policy within 2s"},
+		{o.silent(inlet.Probe{Answer: 1}, late), codeTargetSlow, "it lets this member in, and its target has not answered within 2s"},
+	} {
+		if f := classify(test.err); f.code != test.code || f.Error() != test.text || f.remedy == "" {
+			t.Errorf("%s: %s; %s", f.code, f.Error(), f.remedy)
+		}
+	}
+	told := &stream.RefusedError{Code: stream.CodeTargetTimeout}
+	if err := o.silent(inlet.Probe{Answer: 1}, told); !errors.Is(err, error(told)) {
+		t.Errorf("told in the last moment: %v", err)
 	}
 }
 
