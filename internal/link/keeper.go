@@ -197,6 +197,7 @@ func (k *Keeper) hold(ctx context.Context, l *Live) (next *Live, err error) {
 			case <-l.Away():
 				return nil, stream.ErrAway
 			case <-leaving:
+				l.leave()
 				leaving, replace = nil, errLeaving
 			case <-retry:
 				replace = owed

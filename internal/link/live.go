@@ -25,6 +25,8 @@ type Live struct {
 
 	away    chan struct{}   // closed when the other end is going away
 	leaving <-chan struct{} // closed when the lane's carrier is; nil: never
+	left    chan struct{}   // closed when either is
+	leave   func()          // closes left, once
 	done    chan struct{}
 	err     error
 }
@@ -32,13 +34,14 @@ type Live struct {
 // start makes a Live of an end, shows it to first, if not nil, and then reads its
 // lane until the channel ends.
 func start(e *channel.End, c *channel.Config, initiator bool, path string, limits stream.Limits, accept func(*Live, *stream.Incoming), first func(*Live)) *Live {
-	l := &Live{End: e, Path: path, away: make(chan struct{}), done: make(chan struct{})}
+	l := &Live{End: e, Path: path, away: make(chan struct{}), left: make(chan struct{}), done: make(chan struct{})}
+	l.leave = sync.OnceFunc(func() { close(l.left) })
 	var incoming func(*stream.Incoming)
 	if accept != nil {
 		incoming = func(in *stream.Incoming) { accept(l, in) }
 	}
 	l.Mux = stream.NewMux(c.Node, e, initiator, limits, incoming)
-	l.Mux.OnAway(sync.OnceFunc(func() { close(l.away) }))
+	l.Mux.OnAway(sync.OnceFunc(func() { close(l.away); l.leave() }))
 	if first != nil {
 		first(l)
 	}
@@ -64,6 +67,10 @@ func (l *Live) Peer() *identity.Peer { return l.End.Peer() }
 
 // Away is closed when the other end says that it is going away.
 func (l *Live) Away() <-chan struct{} { return l.away }
+
+// Leaving is closed when the other end, or whoever carries the lane to it, says that
+// it is going away: what comes by this channel should come by another soon.
+func (l *Live) Leaving() <-chan struct{} { return l.left }
 
 // Done is closed when the channel has ended and all its streams are reset.
 func (l *Live) Done() <-chan struct{} { return l.done }

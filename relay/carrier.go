@@ -1,0 +1,172 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+
+	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/stream"
+)
+
+// Carrier is how lanes come to an outlet.
+type Carrier uint8
+
+const (
+	// DialBack opens a connection for each lane. Both sides of it are sockets, which
+	// the kernel joins. The default.
+	DialBack Carrier = iota
+	// Yamux has one connection more than the control channel's, and lanes as streams
+	// in it: for networks that allow few.
+	Yamux
+)
+
+func (c Carrier) String() string { return [...]string{"dial-back", "yamux"}[c] }
+
+// ParseCarrier reads "dial-back" or "yamux".
+func ParseCarrier(s string) (Carrier, error) {
+	for _, c := range []Carrier{DialBack, Yamux} {
+		if s == c.String() {
+			return c, nil
+		}
+	}
+	return 0, fmt.Errorf("there is no carrier %q: it is dial-back or yamux", s)
+}
+
+const (
+	// carrierLanes bounds the lanes of one carrier, and carrierWindow what each may
+	// have on its way: together 64 MiB at each end.
+	carrierLanes  = 64
+	carrierWindow = 1 << 20
+)
+
+// carrierConfig settles what yamux's defaults get wrong here: an open that is not
+// acknowledged at once would end the session (StreamOpenTimeout), and a lane that
+// has ended one way has lingerTime for the other.
+func carrierConfig(log *slog.Logger) *yamux.Config {
+	c := yamux.DefaultConfig()
+	c.AcceptBacklog = carrierLanes
+	c.KeepAliveInterval = 10 * time.Second
+	c.ConnectionWriteTimeout = 15 * time.Second
+	c.MaxStreamWindowSize = carrierWindow
+	c.StreamOpenTimeout = 0
+	c.StreamCloseTimeout = 2 * lingerTime
+	c.LogOutput, c.Logger = nil, slog.NewLogLogger(log.Handler(), slog.LevelDebug)
+	return c
+}
+
+// carried is a lane in a carrier. yamux's Close is a half-close: reading goes on
+// until the other end closes too.
+type carried struct {
+	*yamux.Stream
+	once sync.Once
+	over func() // told when it is closed
+}
+
+// CloseWrite ends this direction.
+func (c *carried) CloseWrite() error { return c.Stream.Close() }
+
+// Close ends both and frees whoever reads or writes.
+func (c *carried) Close() error {
+	err := c.Stream.Close()
+	c.Stream.SetDeadline(time.Unix(1, 0))
+	c.once.Do(func() {
+		if c.over != nil {
+			c.over()
+		}
+	})
+	return err
+}
+
+// carrier is the relay's end of an outlet's second connection. It outlives its
+// registration, as lanes do, until the last of them is over.
+type carrier struct {
+	server  *Server
+	session *yamux.Session
+	lanes   int  // under the server's lock, as retired
+	retired bool // no more will come
+}
+
+// attach invites the outlet's carrier and starts taking its lanes.
+func (r *registration) attach(ctx context.Context) error {
+	s := r.server
+	e := s.expect(channel.Carrier)
+	if err := r.tell(offer{kind: offerCarrier, id: e.id}); err != nil {
+		e.forget()
+		return err
+	}
+	conn, err := e.wait(ctx, showTime, r.conn.Done())
+	if err != nil {
+		return err
+	}
+	session, err := yamux.Server(conn, carrierConfig(s.log))
+	if err != nil {
+		stream.Abort(conn)
+		return err
+	}
+	r.carrier = &carrier{server: s, session: session}
+	s.all.Go(func() {
+		defer context.AfterFunc(s.stop, func() { session.Close() })()
+		for {
+			lane, err := session.AcceptStream()
+			if err != nil {
+				r.conn.Reset(stream.CodeTarget, "the carrier is gone")
+				return
+			}
+			s.all.Go(func() { r.lane(lane) })
+		}
+	})
+	return nil
+}
+
+func (c *carrier) retire() {
+	c.server.mu.Lock()
+	c.retired = true
+	empty := c.lanes == 0
+	c.server.mu.Unlock()
+	if empty {
+		c.session.Close()
+	}
+}
+
+// take counts a lane in; give counts it out.
+func (c *carrier) take() bool {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	if c.retired || c.lanes >= carrierLanes {
+		return false
+	}
+	c.lanes++
+	return true
+}
+
+func (c *carrier) give() {
+	c.server.mu.Lock()
+	c.lanes--
+	last := c.retired && c.lanes == 0
+	c.server.mu.Unlock()
+	if last {
+		c.session.Close()
+	}
+}
+
+// lane takes one stream of the carrier, which shows the id of a lane.
+func (r *registration) lane(y *yamux.Stream) {
+	if !r.carrier.take() {
+		y.Close()
+		return
+	}
+	c := &carried{Stream: y, over: r.carrier.give}
+	c.SetReadDeadline(time.Now().Add(showTime))
+	p, err := channel.ReadPreface(c)
+	if err != nil || p.Kind != channel.KindLane {
+		c.Close()
+		return
+	}
+	c.SetReadDeadline(time.Time{})
+	r.server.show(r.server.stop, p, c)
+}

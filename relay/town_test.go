@@ -1,0 +1,247 @@
+package relay_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/portal-tunnel/portal/abac"
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/memnet"
+	"github.com/portal-tunnel/portal/internal/stream"
+	"github.com/portal-tunnel/portal/outlet"
+	"github.com/portal-tunnel/portal/relay"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+const relayAddr = "10.0.0.1:4000"
+
+// town is an authority, a relay and whoever meets there, over a network in memory.
+type town struct {
+	*testing.T
+	net       memnet.Network
+	authority *identity.Self
+	nodes     []*routing.Node
+	stops     []func() // the last first
+
+	mu    sync.Mutex
+	lanes []*memnet.Conn // as the dialers hold them, in the order of their dials
+}
+
+// in runs f in a town in virtual time. Nothing may be left behind: no goroutine,
+// which the bubble sees to, and no actor.
+func in(t *testing.T, f func(w *town)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		w := &town{T: t}
+		var err error
+		if w.authority, err = identity.NewSelf(); err != nil {
+			t.Fatal(err)
+		}
+		w.net.OnConnect = func(_ string, dialer, _ *memnet.Conn) {
+			w.mu.Lock()
+			w.lanes = append(w.lanes, dialer)
+			w.mu.Unlock()
+		}
+		f(w)
+		for i := len(w.stops) - 1; i >= 0; i-- {
+			w.stops[i]()
+		}
+		synctest.Wait()
+		for i, n := range w.nodes {
+			if n.Len() != 0 {
+				t.Errorf("%d actors are left at node %d", n.Len(), i)
+			}
+		}
+	})
+}
+
+func (w *town) node() *routing.Node {
+	n := new(routing.Node)
+	w.nodes = append(w.nodes, n)
+	return n
+}
+
+func (w *town) stranger() *identity.Self {
+	w.Helper()
+	self, err := identity.NewSelf()
+	if err != nil {
+		w.Fatal(err)
+	}
+	return self
+}
+
+func (w *town) member(attrs identity.Attributes) *identity.Self {
+	w.Helper()
+	self := w.stranger()
+	w.issue(self, attrs, time.Hour)
+	return self
+}
+
+func (w *town) issue(self *identity.Self, attrs identity.Attributes, life time.Duration) {
+	w.Helper()
+	now := time.Now()
+	c, err := w.authority.Issue(self.ID(), self.Latest(), attrs, now, now.Add(life))
+	if err == nil {
+		err = self.Renew(c, w.authority.History())
+	}
+	if err != nil {
+		w.Fatal(err)
+	}
+}
+
+func (w *town) trust() *identity.Trust { return identity.NewTrust(w.authority.ID()) }
+
+// run starts f; stop ends it, waits, and wants no error of it. It is stopped with
+// the town at the latest.
+func (w *town) run(f func(context.Context) error) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- f(ctx) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			w.Error(err)
+		}
+	})
+	w.stops = append(w.stops, stop)
+	return stop
+}
+
+func (w *town) listen(addr string) net.Listener {
+	w.Helper()
+	ln, err := w.net.Listen(addr)
+	if err != nil {
+		w.Fatal(err)
+	}
+	return ln
+}
+
+// relay starts a relay at relayAddr.
+func (w *town) relay(change func(*relay.Server)) (s *relay.Server, stop func()) {
+	w.Helper()
+	return w.relayAt(relayAddr, change)
+}
+
+func (w *town) relayAt(addr string, change func(*relay.Server)) (s *relay.Server, stop func()) {
+	w.Helper()
+	s = &relay.Server{Node: w.node(), Self: w.member(identity.Attributes{"relay": true}), Trust: w.trust(), Dial: w.net.Dial}
+	if change != nil {
+		change(s)
+	}
+	ln := w.listen(addr)
+	return s, w.run(func(ctx context.Context) error { return s.Serve(ctx, ln) })
+}
+
+// client keeps a control channel to the relay for self.
+func (w *town) client(self *identity.Self, change func(*relay.Client)) *relay.Client {
+	w.Helper()
+	c := &relay.Client{Addr: relayAddr, Dial: w.net.Dial, Node: w.node(), Self: self, Trust: w.trust()}
+	if change != nil {
+		change(c)
+	}
+	w.run(c.Run)
+	return c
+}
+
+// outlet serves a name through the relay.
+func (w *town) outlet(name string, self *identity.Self, target outlet.Target, change func(*relay.Client)) (s *outlet.Server, stop func()) {
+	w.Helper()
+	allow, err := abac.Short("open", name, `principal.role == "agent"`)
+	if err != nil {
+		w.Fatal(err)
+	}
+	s = &outlet.Server{Node: w.node(), Name: name, Target: target, Self: self, Trust: w.trust(), Allow: allow}
+	c := &relay.Client{Addr: relayAddr, Dial: w.net.Dial, Node: s.Node, Self: self, Trust: w.trust()}
+	if change != nil {
+		change(c)
+	}
+	ln := c.Listen(name, nil)
+	stopOutlet := w.run(func(ctx context.Context) error { return s.Serve(ctx, ln) })
+	stopClient := w.run(c.Run)
+	return s, func() { stopClient(); stopOutlet() }
+}
+
+// inlet reaches a name through clients of relays.
+func (w *town) inlet(name string, self *identity.Self, clients ...*relay.Client) *inlet.Server {
+	w.Helper()
+	s := &inlet.Server{Node: w.node(), Name: name, Self: self, Trust: w.trust()}
+	for _, c := range clients {
+		s.Paths = append(s.Paths, inlet.Path{Name: "via " + c.Addr, Dial: func(ctx context.Context) (net.Conn, error) {
+			return c.Lane(ctx, name, s.Pin)
+		}})
+	}
+	w.run(s.Run)
+	return s
+}
+
+func serves(names ...string) identity.Attributes {
+	return identity.Attributes{"name": "db1", "serve": names}
+}
+
+var agent = identity.Attributes{"name": "bot", "role": "agent"}
+
+func echoing(context.Context, *outlet.Request) (net.Conn, error) {
+	a, b := memnet.Pipe(memnet.Link{})
+	go func() {
+		io.Copy(b, b)
+		b.CloseWrite()
+		b.Close()
+	}()
+	return a, nil
+}
+
+// dial opens a stream that echoes.
+func (w *town) dial(s *inlet.Server) net.Conn {
+	w.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	c, err := s.Dial(ctx)
+	if err != nil {
+		w.Fatal(err)
+	}
+	w.echoes(c)
+	return c
+}
+
+func (w *town) echoes(c io.ReadWriter) {
+	w.Helper()
+	got := make([]byte, 5)
+	_, err := c.Write([]byte("hello"))
+	if err == nil {
+		_, err = io.ReadFull(c, got)
+	}
+	if err != nil || string(got) != "hello" {
+		w.Fatalf("%q came back: %v", got, err)
+	}
+}
+
+// isReset fails the test unless the next that c reads is a reset.
+func (w *town) isReset(c io.Reader) {
+	w.Helper()
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		w.Errorf("read %d bytes, %v; want a reset", n, err)
+	}
+}
+
+// code is the code in an error of a stream, 0 for any other.
+func code(err error) stream.Code {
+	var refused *stream.RefusedError
+	if errors.As(err, &refused) {
+		return refused.Code
+	}
+	return 0
+}
+
+// sleep lets d go by, and all happen that is due until then.
+func (w *town) sleep(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
