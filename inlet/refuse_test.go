@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -18,6 +19,7 @@ import (
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/outlet"
 )
 
@@ -70,6 +72,63 @@ func TestAnHTTPClientIsToldThatTheTargetIsDown(t *testing.T) {
 	r.Body.Close()
 	if r.StatusCode != http.StatusBadGateway {
 		t.Fatal(r.Status)
+	}
+}
+
+// An end without an answer would look like the service's own.
+func TestAClientThatCannotBeToldIsReset(t *testing.T) {
+	for name, kind := range map[string]inlet.Kind{"pg": inlet.PG, "http": inlet.HTTP} {
+		for what, sends := range map[string]func(c *memnet.Conn){
+			"nothing":                func(*memnet.Conn) {},
+			"only an end":            func(c *memnet.Conn) { c.CloseWrite() },
+			"half a beginning":       func(c *memnet.Conn) { c.Write([]byte{0, 0, 0}); c.CloseWrite() },
+			"half, and then waits":   func(c *memnet.Conn) { c.Write([]byte("GET")) },
+			"what is no beginning":   func(c *memnet.Conn) { c.Write([]byte("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")) },
+			"what is none, and ends": func(c *memnet.Conn) { c.Write([]byte("hello, world\r\n\r\n")); c.CloseWrite() },
+		} {
+			t.Run(name+" "+what, func(t *testing.T) {
+				virtual(t, "guest", func(_ *outlet.Server, in *inlet.Server) { in.Kind = kind }, func(s *street) {
+					s.await(t, link.Refused)
+					c, err := s.net.Dial(s.Context(), "mem", s.addr)
+					if err != nil {
+						t.Fatal(err)
+					}
+					sends(c.(*memnet.Conn))
+					s.isReset(c)
+				})
+			})
+		}
+	}
+}
+
+// What it sends is a beginning, and its end with it.
+func TestAClientThatHasBeenToldSeesAnEnd(t *testing.T) {
+	for name, test := range map[string]struct {
+		kind  inlet.Kind
+		sends string
+	}{
+		"pg":   {inlet.PG, "\x00\x00\x00\x10\x00\x03\x00\x00user\x00u\x00\x00"},
+		"http": {inlet.HTTP, "GET / HTTP/1.1\r\nHost: db\r\n\r\n"},
+	} {
+		for _, ends := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, " ends ", ends), func(t *testing.T) {
+				virtual(t, "guest", func(_ *outlet.Server, in *inlet.Server) { in.Kind = test.kind }, func(s *street) {
+					s.await(t, link.Refused)
+					c, err := s.net.Dial(s.Context(), "mem", s.addr)
+					if err != nil {
+						t.Fatal(err)
+					}
+					c.Write([]byte(test.sends))
+					if ends {
+						c.(*memnet.Conn).CloseWrite()
+					}
+					if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "no policy permits it") {
+						t.Errorf("%q, %v", got, err)
+					}
+					c.Close()
+				})
+			})
+		}
 	}
 }
 

@@ -9,8 +9,9 @@
 // Code 80877103 (SSLRequest) and 80877104 (GSSENCRequest) are answered with the
 // one byte 'N', each at most once and in either order, and the client goes on in
 // clear; 3<<16 | minor is the StartupMessage, which is answered with an
-// ErrorResponse. 80877102 (CancelRequest) never has an answer, and a first byte
-// 0x16 is a TLS record: these are closed.
+// ErrorResponse. 80877102 (CancelRequest) never has an answer: it is closed. A
+// first byte 0x16 is a TLS record: that, and whatever else cannot be answered, is
+// reset.
 //
 // Nothing is read beyond the message at hand. A tunnel uses this package only
 // where it has to speak itself; what it forwards, it does not look at.
@@ -64,33 +65,19 @@ var (
 
 // Refuse answers a client with r. startup is what was already read from conn and
 // nothing else; the rest is read from conn, exactly to the end of the startup.
-// Nothing may have been written to conn. Refuse owns conn: it closes it in good
-// order, so that the answer arrives, and returns within 5 s. nil means that the
-// client was told, or asked only to cancel, to which no answer exists.
-// ErrDirectTLS and ErrProtocol mean that it was closed without one.
+// Nothing may have been written to conn. Refuse owns conn and returns within 5 s.
+// nil means that the client was told, or asked only to cancel, to which no answer
+// exists: conn was closed in good order, so that the answer arrives. With an error,
+// ErrDirectTLS and ErrProtocol among them, it was reset: an end that nobody
+// explained would look like the service's.
 func Refuse(conn net.Conn, startup []byte, r Refusal) error {
 	defer conn.Close()
+	if err := refuse(conn, startup, r); err != nil {
+		linger(conn, 0)
+		return fmt.Errorf("refusing a PostgreSQL client: %w", err)
+	}
 	// A reset would overtake the answer.
-	if l, ok := conn.(interface{ SetLinger(sec int) error }); ok {
-		l.SetLinger(-1)
-	}
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return fmt.Errorf("refusing a PostgreSQL client: %w", err)
-	}
-	c := client{conn, startup}
-	cancel, err := c.untilStartup()
-	if err != nil {
-		return fmt.Errorf("refusing a PostgreSQL client: %w", err)
-	}
-	if !cancel {
-		msg, err := r.encode()
-		if err == nil {
-			_, err = conn.Write(msg)
-		}
-		if err != nil {
-			return fmt.Errorf("refusing a PostgreSQL client: %w", err)
-		}
-	}
+	linger(conn, -1)
 	// Closing with bytes unread, such as the key of a cancel request, is a reset
 	// too: the client closes first, or has had its time.
 	if w, ok := conn.(interface{ CloseWrite() error }); ok {
@@ -98,6 +85,30 @@ func Refuse(conn net.Conn, startup []byte, r Refusal) error {
 		io.Copy(io.Discard, io.LimitReader(conn, maxRest))
 	}
 	return nil
+}
+
+// refuse reads the client's beginning and writes the answer to it, if there is one.
+func refuse(conn net.Conn, startup []byte, r Refusal) error {
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	c := client{conn, startup}
+	cancel, err := c.untilStartup()
+	if cancel || err != nil {
+		return err
+	}
+	msg, err := r.encode()
+	if err == nil {
+		_, err = conn.Write(msg)
+	}
+	return err
+}
+
+// linger with 0 makes closing a socket a reset; a negative number undoes that.
+func linger(conn net.Conn, sec int) {
+	if l, ok := conn.(interface{ SetLinger(sec int) error }); ok {
+		l.SetLinger(sec)
+	}
 }
 
 // client reads what was read before, then the connection.

@@ -165,7 +165,7 @@ func TestEncryptionIsDeclinedInEitherOrder(t *testing.T) {
 	}
 }
 
-func TestWhatHasNoAnswerIsClosed(t *testing.T) {
+func TestWhatHasNoAnswerIsClosedWithoutOne(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		parts [][]byte
@@ -422,6 +422,24 @@ func TestSocketIsReadToItsEndBeforeItIsClosed(t *testing.T) {
 		}
 		if got, want := strings.Join(o.calls, "; "), "linger -1; close write; close, unread 0"; got != want {
 			t.Errorf("%q: %s", sent, got)
+		}
+	}
+}
+
+func TestSocketThatCannotBeToldIsReset(t *testing.T) {
+	for name, sent := range map[string][]byte{
+		"nothing":           nil,
+		"half a startup":    startup[:9],
+		"only the question": sslRequest,
+		"direct TLS":        {0x16, 3, 1, 2, 0},
+		"http":              []byte("GET / HTTP/1.1\r\n\r\n"),
+	} {
+		o := &orderly{scripted: scripted{in: bytes.NewReader(sent)}}
+		if err := Refuse(o, nil, refusal); err == nil {
+			t.Errorf("%s: told", name)
+		}
+		if len(o.calls) != 2 || o.calls[0] != "linger 0" || !strings.HasPrefix(o.calls[1], "close, ") {
+			t.Errorf("%s: %s", name, strings.Join(o.calls, "; "))
 		}
 	}
 }
