@@ -2,6 +2,7 @@ package outlet
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -46,7 +47,9 @@ func Unix(path string) Target {
 // output; standard error is this process's. The command is over when it exits:
 // what it started and left behind in its process group is killed. The stream
 // ends in good order when that was with status 0, else it is reset. A reset
-// kills the command and its group.
+// kills the command and its group, and so does the end of this process, by
+// kill -9 too: its input ends only when the stream's did. For that each command
+// has a process beside it, which is this program again; see holderName.
 func Exec(name string, args ...string) Target {
 	return func(ctx context.Context, r *Request) (net.Conn, error) {
 		if err := ctx.Err(); err != nil {
@@ -55,67 +58,98 @@ func Exec(name string, args ...string) Target {
 		cmd := exec.Command(name, args...)
 		cmd.Stderr = os.Stderr
 		cmd.Env = append(os.Environ(), "PORTAL_NAME="+r.Name)
-		cmd.SysProcAttr = processGroup()
 		if r.Peer != nil {
 			cmd.Env = append(cmd.Env, "PORTAL_PEER="+r.Peer.ID().String())
 		}
-		// Pipes of our own: those of cmd are closed by its Wait, perhaps before the
-		// output has been read, or the input's end was passed on.
-		childIn, in, err := os.Pipe()
+		p, err := start(cmd)
 		if err != nil {
 			return nil, fmt.Errorf("starting the target's command: %w", err)
 		}
-		out, childOut, err := os.Pipe()
-		if err != nil {
-			childIn.Close()
-			in.Close()
-			return nil, fmt.Errorf("starting the target's command: %w", err)
-		}
-		cmd.Stdin, cmd.Stdout = childIn, childOut
-		err = cmd.Start()
-		childIn.Close()
-		childOut.Close()
-		if err != nil {
-			in.Close()
-			out.Close()
-			return nil, fmt.Errorf("starting the target's command: %w", err)
-		}
-		p := &process{cmd: cmd, in: in, out: out, exited: make(chan struct{})}
-		go p.wait() // Close waits for it
 		return p, nil
 	}
 }
 
 // process is a command as a connection.
 type process struct {
-	cmd    *exec.Cmd
-	in     *os.File
-	out    *os.File
-	exited chan struct{} // closed when err is set
-	err    error
+	cmd     *exec.Cmd
+	holder  *exec.Cmd // leads the group
+	life    *os.File  // what the holder listens to
+	in, out *os.File
+	exited  chan struct{} // closed when err is set
+	err     error
+	all     sync.WaitGroup
 
 	mu    sync.Mutex
-	over  bool // its number is, or is about to be, free for another process
+	over  bool // the group's number is, or is about to be, free for another
 	close sync.Once
 }
 
-func (p *process) wait() {
-	if waitable(p.cmd.Process.Pid) {
-		p.kill(true) // what it left behind; its own status stands
+func start(cmd *exec.Cmd) (_ *process, err error) {
+	if cmd.Err != nil {
+		return nil, cmd.Err
 	}
+	p := &process{cmd: cmd, exited: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			p.files()
+		}
+	}()
+	// Pipes of our own: those of cmd are closed by its Wait, perhaps before the
+	// output has been read, or the input's end was passed on.
+	childIn, in, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer childIn.Close()
+	p.in = in
+	out, childOut, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer childOut.Close()
+	p.out = out
+	if p.holder, p.life, err = startHolder(in); err != nil {
+		return nil, err
+	}
+	cmd.Stdin, cmd.Stdout = childIn, childOut
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: p.holder.Process.Pid}
+	if err := cmd.Start(); err != nil {
+		p.kill(true)
+		p.holder.Wait()
+		return nil, err
+	}
+	p.all.Go(p.wait)
+	// Before the first byte of the input. A holder that is gone already is found
+	// by watch.
+	p.life.Write(binary.BigEndian.AppendUint32(nil, uint32(cmd.Process.Pid)))
+	p.all.Go(p.watch)
+	return p, nil
+}
+
+func (p *process) wait() {
 	p.err = p.cmd.Wait()
-	p.mu.Lock()
-	p.over = true
-	p.mu.Unlock()
+	p.kill(true) // what it left behind, and the holder
+	p.holder.Wait()
 	close(p.exited)
 }
 
-// kill kills the whole process group, for the last time or not.
+// watch ends the command when its holder has ended: without one a kill of this
+// process would be an end of the input.
+func (p *process) watch() {
+	p.life.Read(make([]byte, 1))
+	p.kill(false)
+}
+
+// kill kills the whole process group, and the command if it left it, for the
+// last time or not.
 func (p *process) kill(last bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.over {
-		syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+		syscall.Kill(-p.holder.Process.Pid, syscall.SIGKILL)
+		if p.cmd.Process != nil {
+			p.cmd.Process.Kill()
+		}
 	}
 	p.over = p.over || last
 }
@@ -145,18 +179,33 @@ func (p *process) Read(b []byte) (int, error) {
 
 func (p *process) Write(b []byte) (int, error) { return p.in.Write(b) }
 
-// CloseWrite closes the command's standard input.
-func (p *process) CloseWrite() error { return p.in.Close() }
+// CloseWrite ends the command's standard input.
+func (p *process) CloseWrite() error {
+	if err := p.in.Close(); err != nil {
+		return err
+	}
+	p.life.Write([]byte{0}) // a holder that is gone holds nothing
+	return nil
+}
 
-// Close ends the command if it still runs, with everything it started.
+// Close ends the command if it still runs, with everything it started. Its
+// input is closed behind that: to the command that is an end.
 func (p *process) Close() error {
 	p.close.Do(func() {
-		p.in.Close()
 		p.kill(false)
-		<-p.exited
-		p.out.Close()
+		p.in.Close() // and with it a Write that waits
+		p.all.Wait()
+		p.files()
 	})
 	return nil
+}
+
+func (p *process) files() {
+	for _, f := range []*os.File{p.in, p.out, p.life} {
+		if f != nil {
+			f.Close()
+		}
+	}
 }
 
 type pipeAddr struct{}
@@ -169,9 +218,3 @@ func (p *process) RemoteAddr() net.Addr              { return pipeAddr{} }
 func (p *process) SetDeadline(t time.Time) error     { return p.out.SetReadDeadline(t) }
 func (p *process) SetReadDeadline(t time.Time) error { return p.out.SetReadDeadline(t) }
 func (p *process) SetWriteDeadline(time.Time) error  { return os.ErrNoDeadline }
-
-// processGroup gives the command a group of its own, so that what it starts can
-// be killed with it.
-func processGroup() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Setpgid: true}
-}

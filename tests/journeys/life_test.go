@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -207,7 +208,8 @@ func TestACommandOfAStreamEndsWithTheStream(t *testing.T) {
 		}
 		conns = append(conns, c)
 	}
-	if got := len(children(t, out)); got != n {
+	// Each with the one that holds its input.
+	if got := len(children(t, out)); got != 2*n {
 		t.Errorf("%d processes for %d streams", got, n)
 	}
 	for i, c := range conns {
@@ -223,6 +225,41 @@ func TestACommandOfAStreamEndsWithTheStream(t *testing.T) {
 		}
 	}
 	whole()
+}
+
+func TestACommandOfAKilledOutletDoesNotTakeAnUploadForWhole(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.enroll("db1", "--serve", "db")
+	h.enroll("bot", "--attr", "role=agent")
+	dir := t.TempDir()
+	out, lanes := h.outlet("127.0.0.1:0", "", "--", "sh", "-c", `exec 3>"$0/$$.part"; echo; cat >&3 && mv "$0/$$.part" "$0/$$.whole"`, dir)
+	_, addr := h.inlet("bot", "0", lanes)
+	const n = 8
+	for range n {
+		c := dial(t, addr, pattern()[:64<<10])
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := children(t, out)
+	kill(t, out)
+	for end := time.Now().Add(patience); slices.ContainsFunc(all, runs); {
+		if time.Now().After(end) {
+			t.Fatalf("of the processes %v some are left", all)
+		}
+	}
+	part, err := filepath.Glob(dir + "/*.part")
+	if err != nil || len(part) != n {
+		t.Errorf("%d of %d uploads are where a cut leaves them: %v", len(part), n, err)
+	}
+}
+
+// runs reports whether a process goes on; a zombie only waits for whoever inherited it.
+func runs(pid string) bool {
+	b, err := os.ReadFile("/proc/" + pid + "/stat")
+	_, rest, _ := strings.Cut(string(b), ") ")
+	return err == nil && !strings.HasPrefix(rest, "Z")
 }
 
 // children are a process's children, dead ones that were not waited for among them.
