@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"crypto/sha256"
 	"fmt"
+	"slices"
 )
 
 // coseEdDSA is the algorithm number of Ed25519 in COSE (RFC 9053, section 2.2).
@@ -32,6 +33,8 @@ type history struct {
 
 func (h *history) id() ID           { return h.hashes[0] }
 func (h *history) latest() [32]byte { return h.hashes[len(h.hashes)-1] }
+
+func (h *history) contains(change [32]byte) bool { return slices.Contains(h.hashes, change) }
 
 // extends reports whether h is o, or o with more changes.
 func (h *history) extends(o *history) bool {

@@ -111,6 +111,31 @@ func TestNamesAreCheckedByteForByte(t *testing.T) {
 	}
 }
 
+func TestAHistoryContainsItsChangesAndNoOther(t *testing.T) {
+	s := newSelf(t)
+	changes := [][32]byte{s.Latest()}
+	var shorter *Peer
+	for range 3 {
+		shorter = peerOf(t, s, noon)
+		rotate(t, s)
+		changes = append(changes, s.Latest())
+	}
+	whole := peerOf(t, s, noon)
+	for i, c := range changes {
+		if !whole.Contains(c) || !s.Contains(c) {
+			t.Errorf("change %d is missing", i)
+		}
+		if shorter.Contains(c) != (i < 3) {
+			t.Errorf("change %d of a history of 3: %v", i, shorter.Contains(c))
+		}
+	}
+	for _, c := range [][32]byte{{}, newSelf(t).Latest()} {
+		if whole.Contains(c) || s.Contains(c) {
+			t.Errorf("%x is contained", c)
+		}
+	}
+}
+
 func TestIdentifierOutlivesRotation(t *testing.T) {
 	s := newSelf(t)
 	id, first := s.ID(), s.Latest()

@@ -54,6 +54,10 @@ func (p *Peer) ID() ID { return p.history.id() }
 // Latest returns the hash of the latest change the peer showed.
 func (p *Peer) Latest() [32]byte { return p.history.latest() }
 
+// Contains reports whether the history that the peer showed has the change with
+// that hash. One that was shortened, or forked before it, has not.
+func (p *Peer) Contains(change [32]byte) bool { return p.history.contains(change) }
+
 func (p *Peer) String() string       { return p.ID().String() }
 func (p *Peer) LogValue() slog.Value { return slog.StringValue(p.String()) }
 

@@ -54,6 +54,9 @@ func (s *Self) History() []byte { return s.state.Load().history.raw }
 // Latest returns the hash of the latest change.
 func (s *Self) Latest() [32]byte { return s.state.Load().history.latest() }
 
+// Contains reports whether the history has the change with that hash.
+func (s *Self) Contains(change [32]byte) bool { return s.state.Load().history.contains(change) }
+
 func (s *Self) String() string               { return s.ID().String() }
 func (s *Self) GoString() string             { return "identity.Self(" + s.String() + ")" }
 func (s *Self) LogValue() slog.Value         { return slog.StringValue(s.String()) }

@@ -106,7 +106,7 @@ func (s *Server) decide(name string, b []byte, who *identity.Peer, binding [32]b
 		return nil, false, ErrMalformed
 	}
 	if name == nameRenew {
-		if c, err = s.renew(who.ID(), who.Latest(), now); err == nil {
+		if c, err = s.renew(who, now); err == nil {
 			log.Debug("credential renewed", "name", c.Name(), "until", c.Expires)
 			return c, false, nil
 		}
@@ -133,7 +133,7 @@ func (s *Server) enroll(q *question, hash [32]byte, who *identity.Peer, binding 
 	if theirs := instant(q.Now); theirs.Sub(now).Abs() > maxSkew {
 		return nil, false, &SkewError{Ours: now, Theirs: theirs}
 	}
-	return s.redeem(who.ID(), who.Latest(), hash, now)
+	return s.redeem(who, hash, now)
 }
 
 const proofLabel = "ticket"

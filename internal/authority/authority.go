@@ -21,6 +21,7 @@
 //	1 malformed                5 ticket used         9 removed
 //	2 proof does not fit       6 ticket revoked     10 no room for another member
 //	3 ticket unknown           7 clocks differ      11 unavailable: nothing was done, ask again
+//	                                                12 a key that was rotated away
 //
 // The proof is the subject's signature with the label "ticket" over the ticket's hash, the channel's handshake hash and
 // the authority's identifier (32 bytes each), so that it is worth nothing in another channel.
@@ -105,9 +106,17 @@ func (s *Server) hash(secret identity.Secret) [32]byte {
 	return (&identity.Ticket{Authority: s.Self.ID(), Secret: secret}).Hash()
 }
 
+// subject is whose credential it is, with the history of its keys: an *identity.Peer or an *identity.Self.
+type subject interface {
+	ID() identity.ID
+	Latest() [32]byte
+	Contains(change [32]byte) bool
+}
+
 // issue signs a credential for m and notes it in its record, which the caller then stores. The credential outlasts the
 // ones before it, or the subject would have to refuse it.
-func (s *Server) issue(id identity.ID, change [32]byte, m *memberRecord, now time.Time) (*identity.Credential, error) {
+func (s *Server) issue(who subject, m *memberRecord, now time.Time) (*identity.Credential, error) {
+	change := who.Latest()
 	expires := now.Add(s.ttl())
 	if n := len(m.Issued); n != 0 {
 		after := instant(m.Issued[n-1].Expires + 1)
@@ -115,7 +124,7 @@ func (s *Server) issue(id identity.ID, change [32]byte, m *memberRecord, now tim
 			expires = after
 		}
 	}
-	c, err := s.Self.Issue(id, change, m.Grant.credentialAttributes(), now, expires)
+	c, err := s.Self.Issue(who.ID(), change, m.Grant.credentialAttributes(), now, expires)
 	if err != nil {
 		return nil, fmt.Errorf("issuing: %w", err)
 	}
@@ -127,5 +136,6 @@ func (s *Server) issue(id identity.ID, change [32]byte, m *memberRecord, now tim
 	}
 	kept = append(kept, issuedRecord{Serial: c.Serial[:], Expires: millis(c.Expires)})
 	m.Issued = kept[max(0, len(kept)-keptSerials):]
+	m.Change = change[:]
 	return c, nil
 }

@@ -122,6 +122,29 @@ func TestARotatedIdentityRenewsOverAChannel(t *testing.T) {
 	})
 }
 
+func TestAKeyThatWasRotatedAwayIsToldSoOverAChannel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := new(memnet.Network)
+		s := newServer(t, time.Now)
+		defer listening(t, n, s)()
+		home := newHome(t, homeDir(t))
+		c := dialing(t, n, s, home)
+		enroll(t, c, newTicket(t, s, Grant{}))
+		thief := dialing(t, n, s, newHome(t, home.Dir())) // its Self is of before the rotation
+		if err := c.Self.Rotate(); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		thief.Home, thief.Authority, thief.Ways = nil, s.Self.ID(), aWay
+		var refused *RefusedError
+		if err := thief.Renew(t.Context()); !errors.As(err, &refused) || refused.Reason != ErrRotatedAway {
+			t.Errorf("%v", err)
+		}
+	})
+}
+
 func TestAnotherIdentityAtTheAuthoritysAddressLearnsNoSecret(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := new(memnet.Network)

@@ -58,7 +58,7 @@ func TestOfManyRedeemersAtOnceExactlyAsManyWinAsThereAreUses(t *testing.T) {
 			var again sync.WaitGroup
 			for i, c := range clients {
 				again.Go(func() {
-					_, repeat, err := s.redeem(c.Self.ID(), c.Self.Latest(), ticket.Hash(), s.now())
+					_, repeat, err := s.redeem(c.Self, ticket.Hash(), s.now())
 					if (err == nil) != (errs[i] == nil) || err == nil && !repeat {
 						t.Errorf("first %v, then %v (repeat %t)", errs[i], err, repeat)
 					}

@@ -18,11 +18,12 @@ var (
 
 // What a subject can be that it gets no credential; a [RefusedError] is one of these for errors.Is.
 var (
-	ErrNotMember = errors.New("this identity is not a member")
-	ErrRemoved   = errors.New("this member has been removed")
-	ErrFull      = errors.New("the authority has no room for another member")
-	ErrProof     = errors.New("the proof does not fit the ticket and the channel")
-	ErrMalformed = errors.New("the authority and this program do not understand each other")
+	ErrNotMember   = errors.New("this identity is not a member")
+	ErrRemoved     = errors.New("this member has been removed")
+	ErrFull        = errors.New("the authority has no room for another member")
+	ErrProof       = errors.New("the proof does not fit the ticket and the channel")
+	ErrMalformed   = errors.New("the authority and this program do not understand each other")
+	ErrRotatedAway = errors.New("the key shown is not this identity's latest: the authority has seen it replaced by another")
 )
 
 // ErrUnavailable is an authority that was reached and could not do it now, e.g. because its disk is full. Nothing was
@@ -64,6 +65,8 @@ func (e *RefusedError) Error() string {
 	switch e.Reason {
 	case ErrNotMember, ErrRemoved:
 		s += "; a fresh ticket makes it one"
+	case ErrRotatedAway:
+		s += "; use the home that has the other, or enroll a new one"
 	}
 	return s
 }
@@ -140,6 +143,7 @@ var codes = []struct {
 	{codeRemoved, ErrRemoved},
 	{codeFull, ErrFull},
 	{codeUnavailable, ErrUnavailable},
+	{codeRotatedAway, ErrRotatedAway},
 }
 
 // refusal is the answer that says err. What is not in the table is the authority's own trouble: its words stay in its log.

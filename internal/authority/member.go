@@ -87,26 +87,26 @@ func (s *Server) RemoveMember(ctx context.Context, id identity.ID) error {
 	return nil
 }
 
-// Issue makes a credential for a member outside a channel, bound to the change of its keys that has this hash: for a
-// process that is authority and member in one.
-func (s *Server) Issue(ctx context.Context, id identity.ID, change [32]byte) (*identity.Credential, error) {
+// Issue makes a credential for a member outside a channel: for a process that is authority and member in one.
+func (s *Server) Issue(ctx context.Context, who *identity.Self) (*identity.Credential, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return s.renew(id, change, s.now())
+	return s.renew(who, s.now())
 }
 
 // renew is a member's next credential.
-func (s *Server) renew(id identity.ID, change [32]byte, now time.Time) (c *identity.Credential, err error) {
+func (s *Server) renew(who subject, now time.Time) (c *identity.Credential, err error) {
+	id := who.ID()
 	err = s.Store.Update(func(tx *store.Tx) error {
 		m, err := getMember(tx, id)
 		if err != nil {
 			return err
 		}
-		if err := s.standing(m); err != nil {
+		if err := s.standing(m, who); err != nil {
 			return err
 		}
-		if c, err = s.issue(id, change, m, now); err != nil {
+		if c, err = s.issue(who, m, now); err != nil {
 			return err
 		}
 		return put(tx, bucketMembers, id[:], m)
@@ -117,20 +117,30 @@ func (s *Server) renew(id identity.ID, change [32]byte, now time.Time) (c *ident
 	return c, nil
 }
 
-// standing is nil for a member that may have a credential.
-func (s *Server) standing(m *memberRecord) error {
+// standing is nil for a member that may have a credential. m is who's record.
+func (s *Server) standing(m *memberRecord, who subject) error {
 	switch {
 	case m == nil:
 		return &RefusedError{Authority: s.Self.ID(), Reason: ErrNotMember}
 	case m.Removed != 0:
 		return &RefusedError{Authority: s.Self.ID(), Reason: ErrRemoved, When: instant(m.Removed)}
 	}
+	return s.current(m, who)
+}
+
+// current is nil when who shows the latest change that its record has seen, and perhaps later ones. A stolen key is of
+// use until its owner has rotated it away and renewed once, not for ever.
+func (s *Server) current(m *memberRecord, who subject) error {
+	if len(m.Change) != 0 && !who.Contains([32]byte(m.Change)) {
+		return &RefusedError{Authority: s.Self.ID(), Reason: ErrRotatedAway}
+	}
 	return nil
 }
 
 // redeem takes a use of the ticket for the identity, or finds that it has taken one before, and returns its credential.
 // All of it is one step of the store: of any number of redeemers at once exactly as many win as there are uses.
-func (s *Server) redeem(id identity.ID, change, hash [32]byte, now time.Time) (c *identity.Credential, repeat bool, err error) {
+func (s *Server) redeem(who subject, hash [32]byte, now time.Time) (c *identity.Credential, repeat bool, err error) {
+	id := who.ID()
 	err = s.Store.Update(func(tx *store.Tx) error {
 		t, err := getTicket(tx, hash)
 		if err != nil {
@@ -149,18 +159,18 @@ func (s *Server) redeem(id identity.ID, change, hash [32]byte, now time.Time) (c
 		}
 		if repeat = used != nil; repeat {
 			// What it was given since by another ticket stays.
-			if err := s.standing(m); err != nil {
+			if err := s.standing(m, who); err != nil {
 				return err
 			}
 		} else {
 			if when, reason := t.reason(now); reason != nil {
 				return &TicketError{Reason: reason, When: when, Ref: Ref(hash)}
 			}
-			if m, err = s.admit(tx, id, m, t, hash, now); err != nil {
+			if m, err = s.admit(tx, who, m, t, hash, now); err != nil {
 				return err
 			}
 		}
-		if c, err = s.issue(id, change, m, now); err != nil {
+		if c, err = s.issue(who, m, now); err != nil {
 			return err
 		}
 		return put(tx, bucketMembers, id[:], m)
@@ -172,7 +182,7 @@ func (s *Server) redeem(id identity.ID, change, hash [32]byte, now time.Time) (c
 }
 
 // admit takes a use of t and gives its grant to the identity, whose record, nil when it has none, is returned anew.
-func (s *Server) admit(tx *store.Tx, id identity.ID, m *memberRecord, t *ticketRecord, hash [32]byte, now time.Time) (*memberRecord, error) {
+func (s *Server) admit(tx *store.Tx, who subject, m *memberRecord, t *ticketRecord, hash [32]byte, now time.Time) (*memberRecord, error) {
 	if m == nil {
 		n, err := getCount(tx, bucketMembers)
 		if err != nil {
@@ -191,7 +201,9 @@ func (s *Server) admit(tx *store.Tx, id identity.ID, m *memberRecord, t *ticketR
 		}
 		m = &memberRecord{Joined: millis(now)}
 	} else if m.Removed != 0 && t.Created <= m.Removed {
-		return nil, s.standing(m) // a ticket kept back from before the removal
+		return nil, s.standing(m, who) // a ticket kept back from before the removal
+	} else if err := s.current(m, who); err != nil {
+		return nil, err
 	}
 	m.Grant, m.Ticket, m.Granted, m.Removed = t.Grant, hash[:], millis(now), 0
 
@@ -201,7 +213,7 @@ func (s *Server) admit(tx *store.Tx, id identity.ID, m *memberRecord, t *ticketR
 	if err := put(tx, bucketTickets, hash[:], t); err != nil {
 		return nil, err
 	}
-	return m, tx.Put(bucketUses, useKey(hash, id), millisKey(now))
+	return m, tx.Put(bucketUses, useKey(hash, who.ID()), millisKey(now))
 }
 
 // sweepRemoved forgets members removed at least kept ago, of n, and returns how many are left. By then neither a

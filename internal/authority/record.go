@@ -46,6 +46,7 @@ type memberRecord struct {
 	Granted int64          `cbor:"4,keyasint"` // when the grant was given
 	Removed int64          `cbor:"5,keyasint,omitempty"`
 	Issued  []issuedRecord `cbor:"6,keyasint,omitempty"` // by time of issue
+	Change  []byte         `cbor:"7,keyasint,omitempty"` // hash of the latest change of its keys that was seen; none in records of before
 }
 
 type issuedRecord struct {
@@ -81,6 +82,9 @@ func decodeMemberRecord(b []byte) (*memberRecord, error) {
 	m := new(memberRecord)
 	if err := decode(b, m); err != nil {
 		return nil, fmt.Errorf("reading a member's record: %w", err)
+	}
+	if n := len(m.Change); n != 0 && n != 32 {
+		return nil, fmt.Errorf("reading a member's record: the hash of its latest change has %d bytes", n)
 	}
 	return m, settle(m.Grant.Attributes)
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/store"
 )
 
 func TestTheIdentityKeyAloneRenewsAnExpiredCredential(t *testing.T) {
@@ -72,13 +73,13 @@ func TestARemovedMemberRenewsOnlyAfterATicketMadeLater(t *testing.T) {
 	if err := c.Renew(t.Context()); !errors.As(err, &refused) || !errors.Is(err, ErrRemoved) || !refused.When.Equal(at) {
 		t.Errorf("renewing: %v", err)
 	}
-	if _, err := s.Issue(t.Context(), c.Self.ID(), c.Self.Latest()); !errors.Is(err, ErrRemoved) {
+	if _, err := s.Issue(t.Context(), c.Self); !errors.Is(err, ErrRemoved) {
 		t.Errorf("issuing: %v", err)
 	}
 	if _, err := c.Enroll(t.Context(), kept); !errors.Is(err, ErrRemoved) {
 		t.Errorf("with a ticket kept back: %v", err)
 	}
-	if _, _, err := s.redeem(c.Self.ID(), c.Self.Latest(), first.Hash(), clock.now()); !errors.Is(err, ErrRemoved) {
+	if _, _, err := s.redeem(c.Self, first.Hash(), clock.now()); !errors.Is(err, ErrRemoved) {
 		t.Errorf("with the ticket it used: %v", err)
 	}
 	if c.Self.Credential() != before {
@@ -124,6 +125,124 @@ func TestACredentialIsBoundToTheLatestChange(t *testing.T) {
 	}
 	if next, err := newHome(t, home.Dir()).Self(); err != nil || next.Credential() == nil || next.Credential().Serial != got.Serial {
 		t.Errorf("the home has %v, %v", next.Credential(), err)
+	}
+}
+
+// stolen returns a client with the keys of home as they are now, in a home of its own.
+func stolen(t *testing.T, n *network, home *identity.Home) *Client {
+	t.Helper()
+	dir := homeDir(t)
+	if err := os.CopyFS(dir, os.DirFS(home.Dir())); err != nil {
+		t.Fatal(err)
+	}
+	for path, mode := range map[string]os.FileMode{dir: 0o700, filepath.Join(dir, "identity.key"): 0o600, filepath.Join(dir, "membership"): 0o600} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := newClient(t, n, newHome(t, dir))
+	c.Trust.Pin(n.server.Self.ID())
+	return c
+}
+
+func TestAKeyThatWasRotatedAwayRenewsNoMore(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	n := &network{server: s}
+	home := newHome(t, homeDir(t))
+	c := newClient(t, n, home)
+	first := newTicket(t, s, Grant{Name: "db1"})
+	enroll(t, c, first)
+	thief := stolen(t, n, home)
+	if err := c.Self.Rotate(); err != nil {
+		t.Fatal(err)
+	}
+	clock.advance(time.Minute)
+	if err := thief.Renew(t.Context()); err != nil {
+		t.Fatalf("before the authority has seen the rotation: %v", err)
+	}
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	forked := stolen(t, n, thief.Home)
+	if err := forked.Self.Rotate(); err != nil {
+		t.Fatal(err)
+	}
+
+	clock.advance(48 * time.Hour)
+	n.server = &Server{Self: s.Self, Store: s.Store, Now: s.Now} // it is not only remembered in memory
+	fresh := newTicket(t, s, Grant{})
+	for who, thief := range map[string]*Client{"the key of before": thief, "one that was rotated elsewhere": forked} {
+		before := thief.Self.Credential()
+		var refused *RefusedError
+		if err := thief.Renew(t.Context()); !errors.As(err, &refused) || !errors.Is(err, ErrRotatedAway) {
+			t.Errorf("%s, renewing: %v", who, err)
+		}
+		if _, err := s.Issue(t.Context(), thief.Self); !errors.Is(err, ErrRotatedAway) {
+			t.Errorf("%s, issuing: %v", who, err)
+		}
+		if _, _, err := s.redeem(thief.Self, first.Hash(), clock.now()); !errors.Is(err, ErrRotatedAway) {
+			t.Errorf("%s, with the ticket it used: %v", who, err)
+		}
+		if _, err := thief.Enroll(t.Context(), fresh); !errors.Is(err, ErrRotatedAway) {
+			t.Errorf("%s, with a fresh ticket: %v", who, err)
+		}
+		if thief.Self.Credential() != before {
+			t.Errorf("%s has another credential", who)
+		}
+	}
+	for range 3 { // the history goes on, and each change counts from the first time it is shown
+		if err := c.Renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Self.Rotate(); err != nil {
+			t.Fatal(err)
+		}
+		clock.advance(time.Minute)
+	}
+	enroll(t, c, fresh) // no use of it was taken
+}
+
+func TestARecordOfBeforeLearnsTheLatestChange(t *testing.T) {
+	clock := newClock()
+	s := newServer(t, clock.now)
+	n := &network{server: s}
+	home := newHome(t, homeDir(t))
+	c := newClient(t, n, home)
+	enroll(t, c, newTicket(t, s, Grant{}))
+	thief := stolen(t, n, home)
+	id := c.Self.ID()
+	err := s.Store.Update(func(tx *store.Tx) error {
+		m, err := getMember(tx, id)
+		if err != nil {
+			return err
+		}
+		m.Change = nil
+		return put(tx, bucketMembers, id[:], m)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Self.Rotate(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := thief.Renew(t.Context()); !errors.Is(err, ErrRotatedAway) {
+		t.Errorf("the key of before: %v", err)
+	}
+	b, err := s.Store.Get(bucketMembers, id[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := decodeMemberRecord(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Change = m.Change[1:]
+	if _, err := decodeMemberRecord(mustEncode(t, m)); err == nil {
+		t.Error("a hash of 31 bytes was read")
 	}
 }
 

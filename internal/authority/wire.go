@@ -64,6 +64,7 @@ const (
 	codeRemoved       code = 9  // When: its removal
 	codeFull          code = 10 // no room for another member
 	codeUnavailable   code = 11 // nothing was done; ask again
+	codeRotatedAway   code = 12 // the history shown lacks a change that was seen
 )
 
 var (

@@ -124,6 +124,7 @@ func TestRefusalsMeanTheSameAtBothEnds(t *testing.T) {
 		&RefusedError{Authority: authority, Reason: ErrFull},
 		&RefusedError{Authority: authority, Reason: ErrProof},
 		&RefusedError{Authority: authority, Reason: ErrMalformed},
+		&RefusedError{Authority: authority, Reason: ErrRotatedAway},
 		&SkewError{Ours: ours, Theirs: theirs},
 	} {
 		a := refusal(fmt.Errorf("doing it: %w", said))
@@ -183,7 +184,7 @@ func FuzzAnswer(f *testing.F) {
 func FuzzRecords(f *testing.F) {
 	grant := grantRecord{Name: "db1", Attributes: identity.Attributes{"role": "db", "teams": []string{"a", "b"}, "level": int64(-3), "on": true, "none": []string{}}, Serve: []string{"orders/*"}, Relay: true}
 	f.Add(mustEncode(f, &ticketRecord{Grant: grant, Created: 1, Expires: 2, Uses: 3, Left: 2, Spent: 1, Revoked: 1}))
-	f.Add(mustEncode(f, &memberRecord{Grant: grant, Ticket: make([]byte, 32), Joined: 1, Granted: 1, Removed: 2, Issued: []issuedRecord{{make([]byte, 16), 9}}}))
+	f.Add(mustEncode(f, &memberRecord{Grant: grant, Ticket: make([]byte, 32), Joined: 1, Granted: 1, Removed: 2, Issued: []issuedRecord{{make([]byte, 16), 9}}, Change: make([]byte, 32)}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if r, err := decodeTicketRecord(b); err == nil && !bytes.Equal(mustEncode(t, r), b) {
 			t.Errorf("ticket: %x is not what it decodes to", b)
