@@ -301,6 +301,35 @@ func TestForkOfAnAuthorityIsRefused(t *testing.T) {
 	}
 }
 
+func TestLearnTakesOnlyLongerHistoriesOfPinnedAuthorities(t *testing.T) {
+	authority, twin, stranger := newSelf(t), new(Self), newSelf(t)
+	twin.state.Store(authority.state.Load())
+	shorter := authority.History()
+	rotate(t, authority)
+	rotate(t, twin)
+	trust := NewTrust(authority.ID())
+	var untrusted *UntrustedError
+	for _, tt := range []struct {
+		what    string
+		history []byte
+		good    func(error) bool
+	}{
+		{"the shorter", shorter, func(err error) bool { return err == nil }},
+		{"the longer", authority.History(), func(err error) bool { return err == nil }},
+		{"the shorter again", shorter, func(err error) bool { return err == nil }},
+		{"a fork", twin.History(), func(err error) bool { return errors.Is(err, ErrFork) }},
+		{"a stranger's", stranger.History(), func(err error) bool { return errors.As(err, &untrusted) }},
+		{"none", nil, func(err error) bool { return errors.Is(err, ErrMalformed) }},
+	} {
+		if err := trust.Learn(tt.history); !tt.good(err) {
+			t.Errorf("%s: %v", tt.what, err)
+		}
+	}
+	if got := trust.seen[authority.ID()]; len(trust.seen) != 1 || string(got.raw) != string(authority.History()) {
+		t.Error("the longest is not what is known")
+	}
+}
+
 func TestIssueRefusesWhatNoVerifierTakes(t *testing.T) {
 	authority, node := newSelf(t), newSelf(t)
 	many := Attributes{}

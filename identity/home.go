@@ -445,7 +445,8 @@ func parseMembership(b []byte) (*stored, error) {
 	return m, m.seal(w.Issuer)
 }
 
-// seal checks that m is coherent, and takes over the issuer's history.
+// seal checks that m is coherent, and takes over the issuer's history unless it
+// has a longer one.
 func (m *stored) seal(issuerHistory []byte) error {
 	if m.Name != "" {
 		if err := ValidName(m.Name); err != nil {
@@ -455,6 +456,17 @@ func (m *stored) seal(issuerHistory []byte) error {
 	h, err := parseHistory(issuerHistory)
 	if err != nil {
 		return fmt.Errorf("the authority's history: %w", err)
+	}
+	if m.issuer != nil {
+		known, err := parseHistory(m.issuer)
+		switch {
+		case err != nil:
+			return err
+		case known.extends(h):
+			h = known
+		case !h.extends(known):
+			return fmt.Errorf("the authority's history: %w", ErrFork)
+		}
 	}
 	if m.credential.Issuer != m.Authority {
 		return ErrIssuer
@@ -495,9 +507,29 @@ func (h *Home) Membership() (*Membership, error) {
 	return &m.Membership, nil
 }
 
+// Trust returns a new Trust of the authority that the home joined, with the
+// history that it keeps of it: what a credential was verified by before this
+// process began, and not only what others show it since. It trusts nobody when
+// the home has joined nothing.
+func (h *Home) Trust() (*Trust, error) {
+	m, err := h.loadMembership()
+	if err != nil {
+		return nil, fmt.Errorf("identity: %w", err)
+	}
+	if m == nil {
+		return new(Trust), nil
+	}
+	t := NewTrust(m.Authority)
+	if err := t.Learn(m.issuer); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
 // Join writes a membership with its credential, in one atomic step: after an
 // error the home is what it was. A membership of the same authority is
-// replaced, one of another is kept: ErrOtherAuthority. It leaves the live Self
+// replaced, but not a longer history of it by a shorter one (ErrSignature,
+// ErrFork); one of another is kept: ErrOtherAuthority. It leaves the live Self
 // to the caller's Renew.
 func (h *Home) Join(m *Membership, c *Credential, issuerHistory []byte) error {
 	if err := h.join(m, c, issuerHistory); err != nil {
@@ -518,28 +550,31 @@ func (h *Home) join(m *Membership, c *Credential, issuerHistory []byte) error {
 		return ErrSubject
 	}
 	next := &stored{Membership: *m, credential: c}
-	if err := next.seal(issuerHistory); err != nil {
-		return err
-	}
-	b, err := encodeMembership(next)
-	if err != nil {
-		return err
-	}
 	return h.locked(func() error {
 		before, err := h.loadMembership()
 		if err != nil {
 			return err
 		}
-		if before != nil && before.Authority != m.Authority {
-			return fmt.Errorf("%w, %s", ErrOtherAuthority, before.Authority.Short())
+		if before != nil {
+			if before.Authority != m.Authority {
+				return fmt.Errorf("%w, %s", ErrOtherAuthority, before.Authority.Short())
+			}
+			next.issuer = before.issuer
+		}
+		if err := next.seal(issuerHistory); err != nil {
+			return err
+		}
+		b, err := encodeMembership(next)
+		if err != nil {
+			return err
 		}
 		return h.replace(membershipName, b)
 	})
 }
 
 // Store writes a renewed credential into the membership, unless one is there
-// that lasts longer. ErrNotMember, ErrIssuer, ErrSubject. It leaves the live
-// Self to the caller's Renew.
+// that lasts longer. ErrNotMember, ErrIssuer, ErrSubject, and as Join for the
+// history. It leaves the live Self to the caller's Renew.
 func (h *Home) Store(c *Credential, issuerHistory []byte) error {
 	if err := h.store(c, issuerHistory); err != nil {
 		return fmt.Errorf("identity: storing the credential: %w", err)

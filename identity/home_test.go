@@ -462,6 +462,88 @@ func TestJoinAgainReplacesTheMembership(t *testing.T) {
 	}
 }
 
+// A copy of the authority's key from before a rotation is worth nothing to a
+// process that begins on a home which has seen the rotation.
+func TestTheTrustOfAHomeKnowsTheHistoryThatItKeeps(t *testing.T) {
+	authority, other := newSelf(t), newSelf(t)
+	thief := new(Self)
+	thief.state.Store(authority.state.Load())
+	rotate(t, authority)
+	h := openHome(t, t.TempDir())
+	if trust, err := h.Trust(); err != nil || len(trust.Authorities()) != 0 {
+		t.Errorf("a home that joined nothing: %v, %v", trust, err)
+	}
+	join(t, h, authority, time.Hour)
+
+	trust, err := openHome(t, h.dir).Trust()
+	if err != nil {
+		t.Fatal(err)
+	}
+	verify := func(by *Self) error {
+		c := issueTo(t, by, other, Attributes{"role": "admin"}, noon, noon.Add(time.Hour))
+		_, err := trust.Verify(c.Raw(), by.History(), other.ID(), other.Latest(), noon)
+		return err
+	}
+	if err := verify(thief); !errors.Is(err, ErrSignature) {
+		t.Errorf("by the key of before: %v", err)
+	}
+	rotate(t, thief)
+	if err := verify(thief); !errors.Is(err, ErrFork) {
+		t.Errorf("by one that forked: %v", err)
+	}
+	if err := verify(authority); err != nil {
+		t.Errorf("by the latest: %v", err)
+	}
+	var untrusted *UntrustedError
+	if err := verify(other); !errors.As(err, &untrusted) {
+		t.Errorf("by another: %v", err)
+	}
+
+	if err := os.WriteFile(h.path(membershipName), []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var damaged *FileError
+	if trust, err := openHome(t, h.dir).Trust(); !errors.As(err, &damaged) || trust != nil {
+		t.Errorf("of a damaged home: %v, %v", trust, err)
+	}
+}
+
+func TestAHomeKeepsTheLongestHistoryOfItsAuthority(t *testing.T) {
+	authority := newSelf(t)
+	thief, shorter := new(Self), authority.History()
+	thief.state.Store(authority.state.Load())
+	rotate(t, authority)
+	h := openHome(t, t.TempDir())
+	m, _ := join(t, h, authority, time.Hour)
+
+	before := listing(t, h.dir)
+	for _, want := range []error{ErrSignature, ErrFork} {
+		name := "the key of before"
+		if want == ErrFork {
+			name = "one that forked"
+			rotate(t, thief)
+		}
+		_, forged := membershipOf(t, h, thief, 2*time.Hour)
+		if err := h.Join(m, forged, thief.History()); !errors.Is(err, want) {
+			t.Errorf("%s, joining: %v", name, err)
+		}
+		if err := h.Store(forged, thief.History()); !errors.Is(err, want) {
+			t.Errorf("%s, storing: %v", name, err)
+		}
+	}
+	if after := listing(t, h.dir); !mapsEqual(before, after) {
+		t.Errorf("the home was changed: %v", after)
+	}
+
+	_, renewed := membershipOf(t, h, authority, 3*time.Hour)
+	if err := h.Store(renewed, shorter); err != nil { // signed by the latest key, shown with less
+		t.Fatal(err)
+	}
+	if c, issuer := homeSelf(t, openHome(t, h.dir)).Show(); c.Serial != renewed.Serial || !bytes.Equal(issuer, authority.History()) {
+		t.Errorf("it keeps %v with a history of %d bytes, the longest has %d", c, len(issuer), len(authority.History()))
+	}
+}
+
 func TestStoreKeepsTheCredentialThatLastsLongest(t *testing.T) {
 	authority, other := newSelf(t), newSelf(t)
 	h := openHome(t, t.TempDir())

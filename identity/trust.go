@@ -83,6 +83,24 @@ func (t *Trust) verify(raw, issuerHistory []byte, subject ID, change [32]byte, n
 	return c, nil
 }
 
+// Learn takes a history of a pinned authority from where it was kept, so that a
+// longer one that was seen before is not forgotten. The error wraps ErrMalformed,
+// ErrSignature, *UntrustedError or ErrFork.
+func (t *Trust) Learn(issuerHistory []byte) error {
+	h, err := parseHistory(issuerHistory)
+	if err == nil {
+		if trusted := t.Authorities(); !slices.Contains(trusted, h.id()) {
+			err = &UntrustedError{Issuer: h.id(), Trusted: trusted}
+		} else {
+			_, err = t.learn(h.id(), issuerHistory)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("identity: learning an authority's history: %w", err)
+	}
+	return nil
+}
+
 // learn verifies a history of id, which is pinned, and returns the longest one
 // seen. Only the authority itself can lengthen it.
 func (t *Trust) learn(id ID, raw []byte) (*history, error) {

@@ -112,6 +112,24 @@ func (c *Client) membership() (*identity.Membership, error) {
 	return c.joined, nil
 }
 
+// reload takes over what another process of the home wrote.
+func (c *Client) reload() error {
+	if err := c.Home.Reload(c.Self); err != nil {
+		return err
+	}
+	c.learn()
+	return nil
+}
+
+// learn has Trust know the authority's history that our credential came with, also when another process got it.
+func (c *Client) learn() {
+	if _, history := c.Self.Show(); history != nil {
+		if err := c.Trust.Learn(history); err != nil {
+			c.logger().Warn("the authority's history that this home keeps", "error", err)
+		}
+	}
+}
+
 // authority is what this process belongs to; zero when to nothing yet.
 func (c *Client) authority(m *identity.Membership) identity.ID {
 	switch credential := c.Self.Credential(); {
@@ -173,7 +191,11 @@ func (c *Client) enroll(ctx context.Context, t *identity.Ticket) (*Enrolled, err
 	if err != nil {
 		return nil, err
 	}
-	credential, err := c.verify(identity.NewTrust(t.Authority), a)
+	trust := c.Trust // with what it has seen of the authority
+	if !slices.Contains(trust.Authorities(), t.Authority) {
+		trust = identity.NewTrust(t.Authority)
+	}
+	credential, err := c.verify(trust, a)
 	if err != nil {
 		return nil, err
 	}

@@ -64,7 +64,7 @@ func (c *Client) renewShared(ctx context.Context, seen *identity.Credential) err
 		return err
 	}
 	defer unlock()
-	if err := c.Home.Reload(c.Self); err != nil {
+	if err := c.reload(); err != nil {
 		return err
 	}
 	if c.Self.Credential() != seen {
@@ -121,7 +121,7 @@ func (c *Client) Fresh(ctx context.Context) error {
 		err = c.renew(ctx, seen)
 		cancel()
 	} else if c.Home != nil {
-		err = c.Home.Reload(c.Self)
+		err = c.reload()
 	}
 	if err == nil {
 		return nil
@@ -157,6 +157,7 @@ func (c *Client) Run(ctx context.Context) error {
 	for first := true; ; first = false {
 		if credential := c.Self.Credential(); first || credential != seen {
 			seen, failures = credential, 0
+			c.learn()
 			due = c.schedule(seen)
 		}
 		if wait := due.wait(c.now()); wait > 0 {

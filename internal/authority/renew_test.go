@@ -379,6 +379,88 @@ func TestFreshTakesOverWhatAnotherProcessStored(t *testing.T) {
 	}
 }
 
+// rotated returns a server whose authority rotates, with what its old key still does.
+func rotated(t *testing.T, now func() time.Time) (s, old *Server) {
+	t.Helper()
+	s = newServer(t, now)
+	dir := filepath.Join(t.TempDir(), "authority")
+	home := newHome(t, dir)
+	var err error
+	if s.Self, err = home.Self(); err != nil {
+		t.Fatal(err)
+	}
+	old = &Server{Store: s.Store, Now: now}
+	if old.Self, err = newHome(t, dir).Self(); err != nil {
+		t.Fatal(err)
+	}
+	return s, old
+}
+
+// A process verifies by the authority's longest history, whichever process of its home was shown it, and when.
+func TestAnOldKeyOfTheAuthorityIsWorthNothingToAHomeThatSawItRotated(t *testing.T) {
+	for name, take := range map[string]func(t *testing.T, c *Client){
+		"by a dial": func(t *testing.T, c *Client) {
+			if err := c.Fresh(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"in the background": func(t *testing.T, c *Client) {
+			stop := running(t, c)
+			if err := c.Home.Reload(c.Self); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			stop()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, old := rotated(t, time.Now)
+				n := &network{server: s}
+				dir := homeDir(t)
+				a := newClient(t, n, newHome(t, dir))
+				enroll(t, a, newTicket(t, s, Grant{}))
+				b := newClient(t, n, newHome(t, dir))
+				b.Trust.Pin(s.Self.ID())
+				if err := s.Self.Rotate(); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Minute)
+				if err := a.Renew(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				take(t, b)
+
+				before, other := b.Self.Credential(), newSelf(t)
+				forged, err := old.Self.Issue(other.ID(), other.Latest(), nil, time.Now(), time.Now().Add(time.Hour))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := b.Trust.Verify(forged.Raw(), old.Self.History(), other.ID(), other.Latest(), time.Now()); !errors.Is(err, identity.ErrSignature) {
+					t.Errorf("a peer's by the old key: %v", err)
+				}
+				time.Sleep(time.Minute)
+				n.server = old
+				if err := b.Renew(t.Context()); !errors.Is(err, identity.ErrSignature) {
+					t.Errorf("renewing by the old key: %v", err)
+				}
+				for _, home := range []*identity.Home{b.Home, nil} {
+					b.Home = home
+					if _, err := b.Enroll(t.Context(), newTicket(t, old, Grant{})); !errors.Is(err, identity.ErrSignature) {
+						t.Errorf("enrolling by the old key: %v", err)
+					}
+				}
+				if b.Self.Credential() != before {
+					t.Error("it shows another credential")
+				}
+				if _, err := b.Trust.Verify(before.Raw(), old.Self.History(), b.Self.ID(), b.Self.Latest(), time.Now()); err != nil {
+					t.Errorf("the one by the latest key, shown with less: %v", err)
+				}
+			})
+		})
+	}
+}
+
 // running runs c until the returned function is called, which waits for it.
 func running(t *testing.T, c *Client) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
