@@ -267,11 +267,15 @@ func (s *Server) open(ctx context.Context) (*stream.Conn, error) {
 		if err == nil {
 			return c, nil
 		}
-		if !errors.Is(err, stream.ErrAway) && !isReset(err) && l.Err() == nil && s.keeper.Live() == l {
+		// A closed one was given up by this end; see demand.
+		if !errors.Is(err, stream.ErrAway) && !errors.Is(err, net.ErrClosed) && !isReset(err) && l.Err() == nil && s.keeper.Live() == l {
 			return nil, err
 		}
 		// It is on its way out, and the Keeper knows or is about to.
 		if err := s.keeper.Wait(ctx, l); err != nil {
+			if why := s.keeper.State().Err; why != nil {
+				err = fmt.Errorf("no channel in time: %w", why)
+			}
 			return nil, err
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/pgwire"
 	"github.com/portal-tunnel/portal/internal/stream"
@@ -26,24 +27,18 @@ func (s *Server) refuse(ctx context.Context, c net.Conn, err error) {
 	}
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
-	refused := isRefusal(err)
+	v := s.verdict(err)
 	switch s.Kind {
 	case PG:
-		r := pgwire.Refusal{
-			Code:    pgwire.TargetDown,
-			Message: fmt.Sprintf("portal: %s cannot be reached: %v", s.Name, err),
-			Hint:    "portal ping " + s.Name + " shows the way hop by hop.",
-		}
-		if refused {
+		r := pgwire.Refusal{Code: pgwire.TargetDown, Message: v.text + " (" + v.code + ")", Hint: v.hint}
+		if v.refused {
 			r.Code = pgwire.Refused
-			r.Message = fmt.Sprintf("portal: refused by outlet %s: %v (PORTAL-E0301)", s.Name, err)
-			r.Hint = "Ask whoever issues your credential for the attribute that the outlet's policy wants."
 		}
 		if err := pgwire.Refuse(c, nil, r); err != nil {
 			s.log.Debug("the client could not be told", "err", err)
 		}
 	case HTTP:
-		if err := s.refuseHTTP(c, refused, err); err != nil {
+		if err := refuseHTTP(c, v); err != nil {
 			stream.Abort(c)
 			s.log.Debug("the client could not be told", "err", err)
 		}
@@ -52,14 +47,82 @@ func (s *Server) refuse(ctx context.Context, c net.Conn, err error) {
 	}
 }
 
-func isRefusal(err error) bool {
-	var refused *stream.RefusedError
-	if errors.As(err, &refused) {
-		return refused.Code == stream.CodeRefused || refused.Code == stream.CodeExpired || refused.Code == stream.CodeRevoked
-	}
+// A verdict is what a client is told.
+type verdict struct {
+	code    string // what `portal explain` knows it by
+	refused bool   // it may not come in; else it cannot now
+	text    string // a sentence
+	hint    string // what to do
+}
+
+// verdict says what an error means to a client: who refuses whom, or what cannot
+// be reached. The codes are those that the command gives for the same errors.
+func (s *Server) verdict(err error) verdict {
+	code, local := streamCode(err)
 	var here *channel.Refused
 	var there *channel.Closed
-	return errors.As(err, &here) || errors.As(err, &there) && there.Code == channel.CloseRefused
+	var over *identity.ExpiredError
+	var v verdict
+	switch {
+	case errors.Is(err, channel.ErrPin):
+		v = verdict{"PORTAL-E0307", true, "", "Compare the inlet's --peer, or the ID in its --direct, with `portal identity show` on the outlet's host."}
+		local = true
+	case code == stream.CodeRefused, code == stream.CodeRevoked:
+		v = verdict{code: "PORTAL-E0301", refused: true}
+	case code == stream.CodeExpired:
+		v = verdict{code: "PORTAL-E0302", refused: true}
+	case code == stream.CodeBusy:
+		v = verdict{code: "PORTAL-E0404", hint: "Try again later, or raise the outlet's limit."}
+	case code == stream.CodeTargetRefused, code == stream.CodeTarget:
+		v = verdict{code: "PORTAL-E0402", hint: "Start the service behind the outlet."}
+	case code == stream.CodeTargetTimeout:
+		v = verdict{code: "PORTAL-E0403", hint: "See why the service behind the outlet does not accept."}
+	case errors.As(err, &here):
+		v = verdict{code: "PORTAL-E0301", refused: true}
+		local = true
+		if errors.As(err, &over) {
+			v.code = "PORTAL-E0302"
+		}
+	case errors.As(err, &there) && there.Code == channel.CloseRefused:
+		v = verdict{code: "PORTAL-E0301", refused: true}
+	default:
+		v = verdict{code: "PORTAL-E0401", hint: "portal ping " + s.Name + " shows the way hop by hop."}
+	}
+	if c := s.Self.Credential(); v.code == "PORTAL-E0301" && c != nil && !s.now().Before(c.Expires) {
+		v.code = "PORTAL-E0302" // which is why
+	}
+	switch {
+	case !v.refused:
+		v.text = fmt.Sprintf("portal: %s cannot be reached: %v", s.Name, err)
+	case local:
+		v.text = fmt.Sprintf("portal: the outlet of %s is refused here: %v", s.Name, err)
+	default:
+		v.text = fmt.Sprintf("portal: refused by outlet %s: %v", s.Name, err)
+	}
+	switch {
+	case v.hint != "":
+	case v.code == "PORTAL-E0302":
+		v.hint = "See that the authority can be reached: it renews credentials."
+	case local:
+		v.hint = "Compare the inlet's --require with `portal credential list` on the outlet's host."
+	default:
+		v.hint = "Ask whoever issues your credential for the attribute that the outlet's policy wants."
+	}
+	return v
+}
+
+// streamCode is why a stream was refused, or reset before it was answered, and
+// whether this end did that; 0 for any other error.
+func streamCode(err error) (code stream.Code, local bool) {
+	var refused *stream.RefusedError
+	var reset *stream.ResetError
+	switch {
+	case errors.As(err, &refused):
+		return refused.Code, false
+	case errors.As(err, &reset):
+		return reset.Code, reset.Local
+	}
+	return 0, false
 }
 
 const (
@@ -69,22 +132,22 @@ const (
 
 // refuseHTTP answers one request with 403 or 502 and closes in good order. With
 // an error the client has not been told, and c is open.
-func (s *Server) refuseHTTP(c net.Conn, refused bool, why error) error {
+func refuseHTTP(c net.Conn, v verdict) error {
 	c.SetDeadline(time.Now().Add(refuseTime))
 	// The head is read, so that the client is listening when it is answered;
 	// what it asks for does not matter.
 	if _, err := http.ReadRequest(bufio.NewReader(io.LimitReader(c, maxHead))); err != nil {
 		return fmt.Errorf("reading the request: %w", err)
 	}
-	status, code := http.StatusBadGateway, "PORTAL-E0401"
-	if refused {
-		status, code = http.StatusForbidden, "PORTAL-E0301"
+	status := http.StatusBadGateway
+	if v.refused {
+		status = http.StatusForbidden
 	}
 	type message struct {
 		Code    string `json:"code"`
 		Message string `json:"message"`
 	}
-	body, _ := json.Marshal(map[string]message{"error": {code, fmt.Sprintf("portal: %s: %v", s.Name, why)}})
+	body, _ := json.Marshal(map[string]message{"error": {v.code, v.text}})
 	_, err := fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
 		status, http.StatusText(status), len(body), body)
 	if err != nil {

@@ -1,6 +1,7 @@
 package inlet_test
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,8 +15,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgproto3"
 	"golang.org/x/net/nettest"
 
+	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/link"
@@ -69,9 +72,141 @@ func TestAnHTTPClientIsToldThatTheTargetIsDown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Body.Close()
-	if r.StatusCode != http.StatusBadGateway {
-		t.Fatal(r.Status)
+	defer r.Body.Close()
+	body, err := io.ReadAll(r.Body)
+	if err != nil || r.StatusCode != http.StatusBadGateway || !strings.Contains(string(body), "PORTAL-E0402") {
+		t.Fatalf("%s, %v: %s", r.Status, err, body)
+	}
+}
+
+// told is what a client of the kind is told by the inlet at addr: an HTTP status or
+// an SQLSTATE, the code, the sentence and the hint.
+func (s *street) told(kind inlet.Kind) (status, code, text, hint string) {
+	s.Helper()
+	c, err := s.net.Dial(s.Context(), "mem", s.addr)
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer c.Close()
+	if kind == inlet.HTTP {
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+		r, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			s.Fatal(err)
+		}
+		var body struct {
+			Error struct{ Code, Message string }
+		}
+		if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+			s.Fatal(err)
+		}
+		return fmt.Sprint(r.StatusCode), body.Error.Code, body.Error.Message, ""
+	}
+	io.WriteString(c, "\x00\x00\x00\x10\x00\x03\x00\x00user\x00u\x00\x00")
+	m, err := pgproto3.NewFrontend(c, c).Receive()
+	if err != nil {
+		s.Fatal(err)
+	}
+	e := m.(*pgproto3.ErrorResponse)
+	text, code, ok := strings.Cut(e.Message, " (PORTAL-")
+	if !ok {
+		s.Errorf("no code in %q", e.Message)
+	}
+	return e.Code, "PORTAL-" + strings.TrimSuffix(code, ")"), text, e.Hint
+}
+
+func TestARefusalIsToldWithItsCodeAndByWhom(t *testing.T) {
+	require, err := abac.Short("serve", "db", `principal has name && principal.name == "db2"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := func(err error) func(*outlet.Server, *inlet.Server) {
+		return func(o *outlet.Server, _ *inlet.Server) {
+			o.Target = func(ctx context.Context, _ *outlet.Request) (net.Conn, error) {
+				if err == nil {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				return nil, err
+			}
+		}
+	}
+	const policy = "Ask whoever issues your credential for the attribute that the outlet's policy wants."
+	for _, test := range []struct {
+		name, role         string
+		change             func(*outlet.Server, *inlet.Server)
+		state              link.StateKind
+		http, pg, code     string
+		begins, says, hint string
+	}{
+		{"by the policy", "guest", nil, link.Refused, "403", "28000", "PORTAL-E0301",
+			"portal: refused by outlet db: ", "no policy permits it", policy},
+		{"by --require", "agent", func(_ *outlet.Server, in *inlet.Server) { in.Require = require }, link.Refused, "403", "28000", "PORTAL-E0301",
+			"portal: the outlet of db is refused here: ", "it does not meet --require", "Compare the inlet's --require with `portal credential list` on the outlet's host."},
+		{"by a pin", "agent", func(_ *outlet.Server, in *inlet.Server) { in.Pin = in.Self.ID() }, link.Refused, "403", "28000", "PORTAL-E0307",
+			"portal: the outlet of db is refused here: ", "another identity", "Compare the inlet's --peer, or the ID in its --direct, with `portal identity show` on the outlet's host."},
+		{"target refuses", "agent", target(syscall.ECONNREFUSED), link.Ready, "502", "57P03", "PORTAL-E0402",
+			"portal: db cannot be reached: ", "the target refused the connection", "Start the service behind the outlet."},
+		{"target unreachable", "agent", target(syscall.EHOSTUNREACH), link.Ready, "502", "57P03", "PORTAL-E0402",
+			"portal: db cannot be reached: ", "the target cannot be reached", "Start the service behind the outlet."},
+		{"target silent", "agent", target(nil), link.Ready, "502", "57P03", "PORTAL-E0403",
+			"portal: db cannot be reached: ", "the target did not answer in time", "See why the service behind the outlet does not accept."},
+		{"outlet away", "agent", func(_ *outlet.Server, in *inlet.Server) {
+			in.Paths[0].Dial = func(context.Context) (net.Conn, error) { return nil, errors.New("no route") }
+		}, link.Waiting, "502", "57P03", "PORTAL-E0401", "portal: db cannot be reached: ", "no route", "portal ping db shows the way hop by hop."},
+	} {
+		for kind, status := range map[inlet.Kind]string{inlet.HTTP: test.http, inlet.PG: test.pg} {
+			t.Run(test.name+" "+status, func(t *testing.T) {
+				virtual(t, test.role, func(o *outlet.Server, in *inlet.Server) {
+					in.Kind = kind
+					if test.change != nil {
+						test.change(o, in)
+					}
+				}, func(s *street) {
+					s.await(t, test.state)
+					got, code, text, hint := s.told(kind)
+					if got != status || code != test.code || !strings.HasPrefix(text, test.begins) || !strings.Contains(text, test.says) {
+						t.Errorf("told %s, %s: %s", got, code, text)
+					}
+					if kind == inlet.PG && hint != test.hint {
+						t.Errorf("the hint is %q", hint)
+					}
+				})
+			})
+		}
+	}
+}
+
+// The outlet has one connection, and somebody has it.
+func TestABusyOutletIsToldAsBusy(t *testing.T) {
+	for kind, status := range map[inlet.Kind]string{inlet.HTTP: "502", inlet.PG: "57P03"} {
+		virtual(t, "agent", func(o *outlet.Server, in *inlet.Server) { o.Limits.Streams, in.Kind = 1, kind }, func(s *street) {
+			s.await(t, link.Ready)
+			other := s.connect()
+			if got, code, text, hint := s.told(kind); got != status || code != "PORTAL-E0404" || !strings.HasPrefix(text, "portal: db cannot be reached: busy") {
+				t.Errorf("told %s, %s: %s; %s", got, code, text, hint)
+			}
+			other.Close()
+		})
+	}
+}
+
+// Nobody renews our credential: the outlet, asked again, says no.
+func TestAnExpiredCredentialIsToldAsExpired(t *testing.T) {
+	for kind, status := range map[inlet.Kind]string{inlet.HTTP: "403", inlet.PG: "28000"} {
+		virtual(t, "agent", func(_ *outlet.Server, in *inlet.Server) { in.Kind = kind }, func(s *street) {
+			s.await(t, link.Ready)
+			time.Sleep(59 * time.Minute)
+			renew(s, s.outlet.Self, identity.Attributes{"name": "db1", "serve": []string{"db"}}, 2*time.Hour)
+			time.Sleep(2 * time.Minute)
+			got, code, text, hint := s.told(kind)
+			if got != status || code != "PORTAL-E0302" || !strings.Contains(text, "expired") {
+				t.Errorf("told %s, %s: %s", got, code, text)
+			}
+			if kind == inlet.PG && hint != "See that the authority can be reached: it renews credentials." {
+				t.Errorf("the hint is %q", hint)
+			}
+		})
 	}
 }
 
