@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -71,8 +73,24 @@ func createTicket(ctx context.Context, s *session, o ticketOptions) error {
 		out.discard()
 		return err
 	}
+	if err := handOver(s, o, out, t, reply, grants); err != nil {
+		out.discard()
+		// Also when this was interrupted: nobody has the ticket.
+		ctx := context.WithoutCancel(ctx)
+		return takeBack(t, err, func(ref string) error { return askAuthority(ctx, s, o.home, "ticket.revoke", ref, nil) })
+	}
+	return nil
+}
+
+// handOver writes the ticket to where it was asked for, and says what it grants.
+func handOver(s *session, o ticketOptions, out outFile, t *identity.Ticket, reply ticketReply, grants map[string]any) error {
+	// A reader that is gone is an error like another; unasked for, it ends the
+	// process.
+	gone := make(chan os.Signal, 1)
+	signal.Notify(gone, syscall.SIGPIPE)
+	defer signal.Stop(gone)
 	if err := out.write(reply.Ticket); err != nil {
-		return fail(codeState, "", "writing the ticket: %w", err)
+		return err
 	}
 	if reply.Guessed {
 		s.warnGuess("the ticket names", reply.Ways)
@@ -101,6 +119,17 @@ func createTicket(ctx context.Context, s *session, o ticketOptions) error {
 	}
 	s.say("on the other side: portal enroll %s", file)
 	return nil
+}
+
+// takeBack revokes a ticket that could not be handed over, and says why that was.
+func takeBack(t *identity.Ticket, why error, revoke func(ref string) error) error {
+	ref := authority.Ref(t.Hash())
+	if err := revoke(ref); err != nil {
+		// No code that says that nothing was changed.
+		return fail(codeFailed, fmt.Sprintf("`portal ticket revoke %s`; else it can be redeemed until %s", ref, when(t.Expires)),
+			"handing over ticket %s: %w; revoking it: %w", ref, why, err)
+	}
+	return fail(classify(why).code, "write it elsewhere, or make room, and make another", "handing over ticket %s: %w; it is revoked", ref, why)
 }
 
 // granted is what a ticket makes of its bearer.
@@ -159,10 +188,7 @@ func (o outFile) write(ticket string) error {
 		return nil
 	}
 	_, err := o.f.WriteString(ticket + "\n")
-	if err = errors.Join(err, o.f.Close()); err != nil {
-		os.Remove(o.f.Name())
-	}
-	return err
+	return errors.Join(err, o.f.Close())
 }
 
 // listTickets lists what the authority remembers, newest first.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/authority"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
 
@@ -228,6 +229,25 @@ func TestPingSaysWhatItWaitedFor(t *testing.T) {
 	told := &stream.RefusedError{Code: stream.CodeTargetTimeout}
 	if err := o.silent(inlet.Probe{Answer: 1}, told); !errors.Is(err, error(told)) {
 		t.Errorf("told in the last moment: %v", err)
+	}
+}
+
+func TestTicketThatCannotBeRevokedEitherIsNamed(t *testing.T) {
+	ticket := &identity.Ticket{Secret: identity.NewSecret(), Expires: time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)}
+	ref := authority.Ref(ticket.Hash())
+	var asked string
+	err := takeBack(ticket, fmt.Errorf("writing to stdout: %w", syscall.ENOSPC), func(ref string) error {
+		asked = ref
+		return errors.New("the authority is gone")
+	})
+	f := classify(err)
+	if asked != ref || f.code != codeFailed || !strings.Contains(f.Error(), "no space left on device; revoking it: the authority is gone") {
+		t.Errorf("asked for %s; %s: %s", asked, f.code, f.Error())
+	}
+	for _, want := range []string{"portal ticket revoke " + ref, "2030-01-02T03:04:05Z"} {
+		if !strings.Contains(f.remedy, want) {
+			t.Errorf("the remedy has no %q: %s", want, f.remedy)
+		}
 	}
 }
 
