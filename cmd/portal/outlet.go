@@ -205,6 +205,9 @@ func validName(name string) error {
 	if err := identity.ValidName(name); err != nil {
 		return fail(codeName, causes[codeName][1], "%q: %w", plain(name), err)
 	}
+	if identity.ValidServe(name) != nil {
+		return fail(codeName, "use another name", "the name %s is reserved: it is the authority's own", name)
+	}
 	return nil
 }
 
