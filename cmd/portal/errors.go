@@ -217,15 +217,16 @@ func refusedChannel(err error) bool {
 }
 
 // rooms begin the errors of packages that say where they come from, which is
-// nothing to a person at a terminal.
-var rooms = strings.NewReplacer("identity: ", "", "abac: ", "", "authority: ", "", "channel: ", "", "stream: ", "")
+// nothing to a person at a terminal. They do so where an error begins; elsewhere
+// the same word is part of a sentence.
+var rooms = regexp.MustCompile(`(?m)(^|: )(?:(?:identity|abac|authority|channel|stream): )+`)
 
 // dialing repeats an address that stands before it in every error here.
 var dialing = regexp.MustCompile(`dial (tcp|unix) \S+: (connect: )?`)
 
 // spoken is an error in words for a person; what it wraps stays to be found.
 func spoken(err error) error {
-	return &words{dialing.ReplaceAllString(rooms.Replace(err.Error()), ""), err}
+	return &words{dialing.ReplaceAllString(rooms.ReplaceAllString(err.Error(), "$1"), ""), err}
 }
 
 type words struct {

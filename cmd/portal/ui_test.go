@@ -251,6 +251,25 @@ func TestTicketThatCannotBeRevokedEitherIsNamed(t *testing.T) {
 	}
 }
 
+func TestRoomsAreLeftOutWhereAnErrorBegins(t *testing.T) {
+	for text, want := range map[string]string{
+		"identity: opening the home: x":                   "opening the home: x",
+		"outlet db: channel: x":                           "outlet db: x",
+		"identity: abac: x":                               "x",
+		"enrolling: identity: stream: x: authority: y":    "enrolling: x: y",
+		"opening the channel: x":                          "opening the channel: x",
+		"lane: opening the stream: identity: x":           "lane: opening the stream: x",
+		"open identity: no such file":                     "open identity: no such file",
+		"asking the authority: stream: x":                 "asking the authority: x",
+		"by a: no way\nidentity: by b: the channel: gone": "by a: no way\nby b: the channel: gone",
+		"mychannel: x":                                    "mychannel: x",
+	} {
+		if got := spoken(errors.New(text)).Error(); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}
+
 func TestEveryCodeIsExplainedAndLeadsToADocumentedExit(t *testing.T) {
 	for c, text := range causes {
 		if e := c.exit(); e < exitFailed || e > exitDrain {
