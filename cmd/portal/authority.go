@@ -170,7 +170,7 @@ func hostAddress() (string, error) {
 }
 
 func (s *session) warnGuess(what string, ways []string) {
-	s.say("warning: %s %s, a guess; --advertise HOST:PORT says how members reach the authority", what, plain(list(ways)))
+	s.say("warning: %s %s, a guess; --advertise HOST:PORT says how members reach the authority", what, unready(plain(list(ways))))
 }
 
 // The ways that tickets name are kept in the store, so that tickets can be made

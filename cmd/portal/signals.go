@@ -38,7 +38,9 @@ type job struct {
 	grace  time.Duration
 }
 
-func (j job) head() string { return strings.TrimSpace(j.role + " " + j.name) }
+// head begins a line about the job. It may be named like the state that scripts
+// wait for.
+func (j job) head() string { return unready(strings.TrimSpace(j.role + " " + j.name)) }
 
 // supervise runs a job until it fails, ctx ends, or a signal ends it.
 func (s *session) supervise(ctx context.Context, j job) error {

@@ -34,17 +34,12 @@ func (t *teller) news(line string) bool {
 	return true
 }
 
-func (t *teller) head() string {
-	if t.name == "" {
-		return t.role
-	}
-	return t.role + " " + t.name
-}
+func (t *teller) head() string { return job{role: t.role, name: t.name}.head() }
 
 func (t *teller) listening(addrs []string) {
 	ev := t.event("listening")
 	ev.Address = addrs
-	t.s.tell(ev, "%s listening on %s", t.head(), list(addrs))
+	t.s.tell(ev, "%s listening on %s", t.head(), unready(list(addrs)))
 }
 
 func (t *teller) waiting(reason error, next time.Duration) {
@@ -73,13 +68,14 @@ func (t *teller) refused(reason error) {
 }
 
 // ready prints the line that scripts wait for; text begins with "ready", or with
-// the words that stand before it.
+// the words that stand before it. The word stands there once.
 func (t *teller) ready(ev event, text string) {
 	if !t.news(text) {
 		return
 	}
 	ev.Event, ev.Role, ev.Name = "ready", t.role, t.name
-	t.s.tell(ev, "%s %s", t.head(), text)
+	before, after, _ := strings.Cut(text, "ready")
+	t.s.tell(ev, "%s %sready%s", t.head(), unready(before), unready(after))
 	t.mu.Lock()
 	first := !t.notified
 	t.notified = true

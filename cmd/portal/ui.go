@@ -167,12 +167,11 @@ func count(n int, noun string) string {
 	return strconv.Itoa(n) + " " + noun + "s"
 }
 
-// seconds is a duration as state lines print it: "4s", "0.5s".
+// seconds is a duration as state lines print it: "4s", "0.5s". One that is not
+// over at once is never "0s".
 func seconds(d time.Duration) string {
-	if d < time.Second {
-		d = d.Round(100 * time.Millisecond)
-	} else {
-		d = d.Round(time.Second)
+	if tenths := d.Round(100 * time.Millisecond); d > 0 && tenths < time.Second {
+		return fmt.Sprintf("%.1fs", max(tenths.Seconds(), 0.1))
 	}
-	return d.String()
+	return d.Round(time.Second).String()
 }

@@ -270,6 +270,59 @@ func TestRoomsAreLeftOutWhereAnErrorBegins(t *testing.T) {
 	}
 }
 
+func TestPausesArePrintedAsTheyAre(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		0: "0s", time.Millisecond: "0.1s", 60 * time.Millisecond: "0.1s", 449 * time.Millisecond: "0.4s", 949 * time.Millisecond: "0.9s",
+		950 * time.Millisecond: "1s", 1400 * time.Millisecond: "1s", 4 * time.Second: "4s", 90 * time.Second: "1m30s",
+	} {
+		if got := seconds(d); got != want {
+			t.Errorf("%v: %s, want %s", d, got, want)
+		}
+	}
+	if got := spaced(100 * time.Millisecond); got != "0.1 s" {
+		t.Errorf("in a sentence: %q", got)
+	}
+}
+
+// Whatever has that word for a name.
+func TestWordForScriptsStandsOnceInItsLineAndInNoOther(t *testing.T) {
+	for _, name := range []string{"db", "ready", "db-ready", "a/ready/b"} {
+		var stderr bytes.Buffer
+		s := testSession(&stderr)
+		tell := s.teller("inlet", name)
+		tell.listening([]string{"unix:/run/ready/s"})
+		tell.waiting(errors.New("not ready"), time.Second)
+		tell.refused(errors.New("not ready"))
+		tell.ready(event{}, "ready direct ready.example.com:1 (ready, P)")
+		j := job{role: "inlet", name: name}
+		s.reload(j)
+		j.reload = func() error { return nil }
+		s.reload(j)
+		j.run = func(ctx context.Context) error { <-ctx.Done(); return nil }
+		j.streams, j.drain = func() int { return 1 }, func(context.Context) int { return 1 }
+		signals := make(chan os.Signal, 1)
+		signals <- syscall.SIGTERM
+		s.govern(context.Background(), j, signals, false)
+		s.stderr.Close()
+		lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
+		if len(lines) != 8 {
+			t.Errorf("%d lines:\n%s", len(lines), &stderr)
+		}
+		for _, line := range lines {
+			want := 0
+			if strings.Contains(line, " ready direct ") {
+				want = 1
+			}
+			if n := len(ready.FindAllString(line, -1)); n != want {
+				t.Errorf("%d times in %q", n, line)
+			}
+		}
+		if !strings.Contains(stderr.String(), "portal: inlet "+unready(name)+" ready direct READY.example.com:1 (READY, P)\n") {
+			t.Errorf("stderr:\n%s", &stderr)
+		}
+	}
+}
+
 func TestEveryCodeIsExplainedAndLeadsToADocumentedExit(t *testing.T) {
 	for c, text := range causes {
 		if e := c.exit(); e < exitFailed || e > exitDrain {
