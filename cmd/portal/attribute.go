@@ -80,11 +80,12 @@ func attributeValue(v any) (any, error) {
 	return nil, fmt.Errorf("a value is a string, an integer, a boolean or a list of strings")
 }
 
-// attributeText is name=value as people read it, sorted by name.
-func attributeText(attrs map[string]any) string {
+// attributeText is name=value as people read it, sorted by name; show makes a
+// value fit to print.
+func attributeText(attrs map[string]any, show func(string) string) string {
 	var words []string
 	for name, v := range attrs {
-		words = append(words, name+"="+valueText(v))
+		words = append(words, name+"="+show(valueText(v)))
 	}
 	slices.Sort(words)
 	return strings.Join(words, " ")
@@ -92,11 +93,11 @@ func attributeText(attrs map[string]any) string {
 
 func valueText(v any) string {
 	if text, ok := v.(string); ok {
-		return fromPeer(text)
+		return text
 	}
 	b, err := json.Marshal(v)
 	if err != nil {
-		return fromPeer(fmt.Sprint(v))
+		return fmt.Sprint(v)
 	}
-	return fromPeer(string(b))
+	return string(b)
 }

@@ -99,7 +99,7 @@ func grant(v any) string {
 	if v == nil {
 		return "nothing"
 	}
-	return valueText(v)
+	return fromPeer(valueText(v))
 }
 
 func enrolledDocument(id identity.ID, e *authority.Enrolled) any {

@@ -104,8 +104,8 @@ func listCredentials(s *session, home string) error {
 	w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "NAME\tSUBJECT\tISSUER\tSERVE\tATTRIBUTES\tEXPIRES")
 	for _, c := range list {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", dash(fromPeer(c.Name)), c.Subject.Short(), c.Issuer.Short(),
-			dash(fromPeer(strings.Join(c.Serve, ","))), dash(attributeText(c.Attributes)), when(c.Expires))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", cell(c.Name), c.Subject.Short(), c.Issuer.Short(),
+			cell(strings.Join(c.Serve, ",")), cell(attributeText(c.Attributes, plain)), when(c.Expires))
 	}
 	return w.Flush()
 }
@@ -122,12 +122,13 @@ func free(attrs identity.Attributes) identity.Attributes {
 	return out
 }
 
-// dash stands where a column is empty.
-func dash(text string) string {
+// cell is a text in a listing: all of it, for a listing is data, and no more than
+// one column. A dash stands where there is none.
+func cell(text string) string {
 	if text == "" {
 		return "-"
 	}
-	return text
+	return strings.ReplaceAll(plain(text), "\t", `\t`)
 }
 
 // when is a moment in a listing.

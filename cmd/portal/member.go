@@ -222,7 +222,7 @@ func standing(id identity.ID, m *identity.Membership, c *identity.Credential) st
 		text += "; may be a relay"
 	}
 	if attrs := free(c.Attributes); len(attrs) > 0 {
-		text += "; " + attributeText(attrs)
+		text += "; " + attributeText(attrs, fromPeer)
 	}
 	return text
 }

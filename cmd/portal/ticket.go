@@ -145,7 +145,7 @@ func granted(o ticketOptions, attrs map[string]any) string {
 		text += "; may be a relay"
 	}
 	if len(attrs) > 0 {
-		text += "; " + attributeText(attrs)
+		text += "; " + attributeText(attrs, plain)
 	}
 	return text
 }
@@ -206,8 +206,8 @@ func listTickets(ctx context.Context, s *session, home string) error {
 	w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "REF\tSTATE\tNAME\tSERVE\tATTRIBUTES\tLEFT\tEXPIRES")
 	for _, t := range tickets {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d of %d\t%s\n", t.Ref, t.State, dash(fromPeer(t.Name)), dash(fromPeer(strings.Join(t.Serve, ","))),
-			dash(attributeText(t.Attributes)), t.Left, t.Uses, when(t.Expires))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d of %d\t%s\n", t.Ref, t.State, cell(t.Name), cell(strings.Join(t.Serve, ",")),
+			cell(attributeText(t.Attributes, plain)), t.Left, t.Uses, when(t.Expires))
 	}
 	return w.Flush()
 }
