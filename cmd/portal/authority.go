@@ -323,14 +323,18 @@ func (d *desk) do(ctx context.Context, method string, params json.RawMessage) (a
 // askAuthority asks the authority of a home: the process that runs it, or the
 // store itself while none does.
 func askAuthority(ctx context.Context, s *session, home, method string, in, out any) error {
-	h, err := s.openHome(home)
+	h, dir, err := s.existingHome(home)
 	if err != nil {
 		return err
 	}
-	self, err := h.Authority(false)
+	var self *identity.Self
+	if h == nil {
+		err = identity.ErrNoAuthority
+	} else {
+		self, err = h.Authority(false)
+	}
 	if errors.Is(err, identity.ErrNoAuthority) {
-		dir, uid := whose(h)
-		return fail(codeNoAuthority, causes[codeNoAuthority][1], "there is no authority in %s (of user %d)", plain(dir), uid)
+		return fail(codeNoAuthority, causes[codeNoAuthority][1], "there is no authority in %s (of user %d)", plain(dir), os.Geteuid())
 	}
 	if err != nil {
 		return err

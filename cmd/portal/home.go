@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -37,6 +39,18 @@ func (s *session) openHome(flag string) (*identity.Home, error) {
 	return identity.Open(dir)
 }
 
-// whose names a home and the user whose it should be, for errors that come of
-// running as another one.
-func whose(h *identity.Home) (dir string, uid int) { return h.Dir(), os.Geteuid() }
+// existingHome is openHome for whoever has no use for a new home: nil where there
+// is none, and none is made.
+func (s *session) existingHome(flag string) (h *identity.Home, dir string, err error) {
+	if dir, err = homeDir(flag, s.env); err == nil {
+		dir, err = filepath.Abs(dir)
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, dir, nil
+	}
+	h, err = identity.Open(dir)
+	return h, dir, err
+}

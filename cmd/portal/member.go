@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"sync"
 	"time"
 
@@ -41,10 +42,11 @@ type member struct {
 func (s *session) member(o memberOptions) (*member, error) {
 	m := &member{node: &routing.Node{Logger: s.log}}
 	var joined *identity.Membership
+	var dir string
 	var err error
 	if o.ephemeral {
 		m.self, err = identity.NewSelf()
-	} else if m.home, err = s.openHome(o.home); err == nil {
+	} else if m.home, dir, err = s.existingHome(o.home); err == nil && m.home != nil {
 		joined, err = m.home.Membership()
 	}
 	if err != nil {
@@ -58,13 +60,18 @@ func (s *session) member(o memberOptions) (*member, error) {
 		case m.ticket == nil && o.ephemeral:
 			return nil, fail(codeNoMember, "--ticket FILE, PORTAL_TICKET or PORTAL_TICKET_FILE", "--ephemeral: there is no ticket to become a member by")
 		case m.ticket == nil:
-			return nil, notMember(m.home)
+			return nil, notMember(dir)
 		}
 		m.trust = identity.NewTrust(m.ticket.Authority)
 	} else {
 		m.trust = identity.NewTrust(joined.Authority)
 	}
-	if m.home != nil {
+	if !o.ephemeral {
+		if m.home == nil {
+			if m.home, err = s.openHome(o.home); err != nil {
+				return nil, err
+			}
+		}
 		if m.self, err = m.home.Self(); err != nil {
 			return nil, err
 		}
@@ -73,9 +80,9 @@ func (s *session) member(o memberOptions) (*member, error) {
 	return m, nil
 }
 
-func notMember(h *identity.Home) error {
-	dir, uid := whose(h)
-	return fail(codeNoMember, causes[codeNoMember][1], "the home %s (of user %d) is not a member of any authority", plain(dir), uid)
+// notMember names the user too: it may be another one's home that is.
+func notMember(home string) error {
+	return fail(codeNoMember, causes[codeNoMember][1], "the home %s (of user %d) is not a member of any authority", plain(home), os.Geteuid())
 }
 
 // join becomes a member when the home is not one yet. An authority that cannot
