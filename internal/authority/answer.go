@@ -3,65 +3,13 @@ package authority
 import (
 	"errors"
 	"io"
-	"sync"
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
 )
 
-const (
-	// questionTime is from the open of a stream to the end of its answer.
-	questionTime = 10 * time.Second
-
-	// maxQuestions bounds what is in work at once, at up to 20 KiB and one sync of the disk each; maxQuestionsEach keeps
-	// one identity from taking it all.
-	maxQuestions     = 64
-	maxQuestionsEach = 4
-)
-
-// questions counts what is in work.
-type questions struct {
-	mu      sync.Mutex
-	closed  bool
-	all     int
-	each    map[identity.ID]int
-	working sync.WaitGroup
-}
-
-// begin reports whether one more of id's may be answered; then end is called once.
-func (q *questions) begin(id identity.ID) bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.closed || q.all >= maxQuestions || q.each[id] >= maxQuestionsEach {
-		return false
-	}
-	if q.each == nil {
-		q.each = make(map[identity.ID]int)
-	}
-	q.all++
-	q.each[id]++
-	q.working.Add(1)
-	return true
-}
-
-func (q *questions) end(id identity.ID) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.all--
-	if q.each[id]--; q.each[id] == 0 {
-		delete(q.each, id)
-	}
-	q.working.Done()
-}
-
-// Close refuses new questions and waits for those in work, 10 s at most. The store stays open: it is its opener's.
-func (s *Server) Close() error {
-	s.questions.mu.Lock()
-	s.questions.closed = true
-	s.questions.mu.Unlock()
-	s.questions.working.Wait()
-	return nil
-}
+// questionTime is from the open of a stream to the end of its answer.
+const questionTime = 10 * time.Second
 
 // halfCloser is one stream: a question and its answer.
 type halfCloser interface {
@@ -69,13 +17,17 @@ type halfCloser interface {
 	CloseWrite() error
 }
 
-// serve reads the question of that name, which who asks over a channel with this binding, and writes the answer.
-func (s *Server) serve(stream halfCloser, name string, who *identity.Peer, binding [32]byte) error {
+// serve reads a question, has work answer it, and writes the answer.
+func serve(stream halfCloser, work func(question []byte) (*answer, error)) error {
 	b, err := readAll(stream, maxQuestion)
 	if err != nil {
 		return err
 	}
-	if b, err = encode(s.answer(name, b, who, binding)); err != nil {
+	a, err := work(b)
+	if err != nil {
+		return err
+	}
+	if b, err = encode(a); err != nil {
 		return err
 	}
 	if _, err := stream.Write(b); err != nil {

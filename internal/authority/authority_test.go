@@ -169,7 +169,9 @@ func (n *network) join(c *Client) *Client {
 		rand.Read(binding[:])
 		return ask(&exchange{answer: func(question []byte) ([]byte, error) {
 			var out bytes.Buffer
-			if err := n.server.serve(memory{bytes.NewReader(question), &out}, name, peer, binding); err != nil {
+			if err := serve(memory{bytes.NewReader(question), &out}, func(question []byte) (*answer, error) {
+				return n.server.answer(name, question, peer, binding), nil
+			}); err != nil {
 				return nil, err
 			}
 			n.mu.Lock()

@@ -35,15 +35,24 @@ func (s *Server) accept(l *link.Live, in *stream.Incoming) {
 		in.Refuse(stream.CodeRefused, "an authority does not answer that")
 		return
 	}
-	if !s.questions.begin(who.ID()) {
-		in.Refuse(stream.CodeBusy, "the authority has too many questions to answer; ask again")
+	a := &asked{by: s.asker(h.Name, who)}
+	var conn *stream.Conn
+	if !s.questions.enter(a, func() { conn = in.Accept(); a.conn = conn }) {
+		in.Refuse(stream.CodeBusy, "the authority has too many questions of this identity to answer; ask again")
 		return
 	}
-	conn := in.Accept()
 	go func() {
-		defer s.questions.end(who.ID())
-		conn.SetDeadline(time.Now().Add(questionTime))
-		if err := s.serve(conn, h.Name, who, l.End.Binding()); err != nil {
+		defer s.questions.leave(a)
+		late := time.AfterFunc(questionTime, func() { conn.Reset(stream.CodeProtocol, "the question or its answer took too long") })
+		defer late.Stop()
+		err := serve(conn, func(question []byte) (*answer, error) {
+			if err := s.questions.begin(a, conn.Done()); err != nil {
+				return nil, err
+			}
+			defer s.questions.end(a) // before the answer is written, which waits for the asker
+			return s.answer(h.Name, question, who, l.End.Binding()), nil
+		})
+		if err != nil {
 			s.logger().Debug("a question came to nothing", "member", who.ID(), "question", h.Name, "error", err)
 			conn.Reset(stream.CodeProtocol, "the question did not come through")
 			return

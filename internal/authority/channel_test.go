@@ -272,7 +272,7 @@ func TestAnAuthorityAnswersNothingElseAndNotTooMuch(t *testing.T) {
 
 		// Questions that are begun and not ended hold their places for ten seconds.
 		var begun []*stream.Conn
-		for range maxQuestionsEach {
+		for range maxAskedEach {
 			conn := open(stream.Header{Kind: stream.Request, Name: nameRenew})
 			if err := conn.Wait(t.Context()); err != nil {
 				t.Fatal(err)
