@@ -58,6 +58,7 @@ func TestScript(t *testing.T) {
 			"status":    status,
 			"start":     start,
 			"await":     await,
+			"pid":       pid,
 			"signal":    sendSignal,
 			"hangup":    hangup,
 			"ends":      ends,
@@ -283,6 +284,11 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	for i, name := range args[2:] {
 		ts.Setenv(name, m[i+1])
 	}
+}
+
+// pid NAME VARIABLE puts the number of a started command's process into VARIABLE.
+func pid(ts *testscript.TestScript, neg bool, args []string) {
+	ts.Setenv(args[1], strconv.Itoa(stageOf(ts).proc(ts, args[0]).cmd.Process.Pid))
 }
 
 // signal NAME TERM|INT|HUP|KILL
