@@ -160,7 +160,7 @@ func TestAKilledProcessIsAnExactPrefixAndThenAReset(t *testing.T) {
 	h := newHouse(t)
 	h.enroll("db1", "--serve", "db")
 	h.enroll("bot", "--attr", "role=agent")
-	kills := 3
+	kills := 12
 	if long() {
 		kills = 64
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func TestTheServiceAnswersAClientThatHasEnded(t *testing.T) {
@@ -84,5 +85,66 @@ func TestAResetOfTheServiceReachesTheClient(t *testing.T) {
 	}
 	if n, err := c.Read(got); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
 		t.Fatalf("%d bytes and %v, not a reset", n, err)
+	}
+}
+
+// A client that does not read stops what it is sent, and nothing else: not what it sends by the same
+// stream, and no other stream.
+func TestADownloadThatIsNotReadStallsOnlyItself(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	w := newWay(t, s.addr())
+	other := dial(t, w.addr, []byte("E"))
+	if err := echo(other); err != nil {
+		t.Fatal(err)
+	}
+	number, first := s.numbered('B')
+	c := dial(t, w.addr, first)
+	select {
+	case <-s.stuck:
+	case <-time.After(patience):
+		t.Fatal("the service's writes never wait for the client")
+	}
+
+	if err := echo(other); err != nil {
+		t.Errorf("a stream from before: %v", err)
+	}
+	ready(t, w.addr)
+	up := dial(t, w.addr, []byte("S"))
+	if _, err := up.Write(pattern()); err != nil {
+		t.Fatal(err)
+	}
+	up.(halfCloser).CloseWrite()
+	sum := sha256.Sum256(pattern())
+	if got, err := io.ReadAll(up); err != nil || !bytes.Equal(got, sum[:]) {
+		t.Errorf("%d bytes of another stream's answer, %v", len(got), err)
+	}
+	down, first := s.numbered('H')
+	h := dial(t, w.addr, first)
+	if got, err := io.ReadAll(h); err != nil || !bytes.Equal(got, pattern()) {
+		t.Errorf("%d bytes of another stream's download, %v", len(got), err)
+	}
+	h.(halfCloser).CloseWrite()
+	if got, ok := s.result(down, patience); !ok || got.err != nil {
+		t.Errorf("another stream's end: %v", got.err)
+	}
+
+	c.SetDeadline(time.Now().Add(patience))
+	if _, err := c.Write(pattern()); err != nil {
+		t.Fatalf("the upload of the same stream: %v", err)
+	}
+	c.(halfCloser).CloseWrite()
+	if got, ok := s.result(number, patience); !ok || got.err != nil || !bytes.Equal(got.bytes, pattern()) {
+		t.Fatalf("%d bytes of the upload came, %v", len(got.bytes), got.err)
+	}
+	// And what was not read is all there.
+	for n, got := 0, make([]byte, transfer); ; n++ {
+		k, err := io.ReadFull(c, got)
+		if err == io.EOF && n > 0 {
+			break
+		}
+		if err != nil || !bytes.Equal(got, pattern()) {
+			t.Fatalf("%d bytes of MiB %d, %v", k, n+1, err)
+		}
 	}
 }

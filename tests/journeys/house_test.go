@@ -4,6 +4,7 @@ package journeys_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -120,6 +121,16 @@ func (h *house) enroll(host string, grants ...string) {
 		h.t.Fatal(err)
 	}
 	h.run(host, "enroll", file)
+}
+
+// serial is that of the credential which a host's home has now.
+func (h *house) serial(host string) string {
+	h.t.Helper()
+	var list []struct{ Serial string }
+	if err := json.Unmarshal([]byte(h.run(host, "credential", "list", "-o", "json")), &list); err != nil || len(list) != 1 {
+		h.t.Fatalf("%v: %v", list, err)
+	}
+	return list[0].Serial
 }
 
 // outlet starts an outlet for members whose role is agent, and gives its address. With no target in

@@ -3,7 +3,6 @@ package journeys_test
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -296,17 +295,9 @@ func TestInletsOfOneHomeShareItsRenewals(t *testing.T) {
 		}
 		conns = append(conns, c)
 	}
-	serial := func() string {
-		t.Helper()
-		var list []struct{ Serial string }
-		if err := json.Unmarshal([]byte(h.run("bot", "credential", "list", "-o", "json")), &list); err != nil || len(list) != 1 {
-			t.Fatalf("%v: %v", list, err)
-		}
-		return list[0].Serial
-	}
-	last, renewals := serial(), 0
+	last, renewals := h.serial("bot"), 0
 	for end := time.Now().Add(patience); renewals < 4; {
-		if now := serial(); now != last {
+		if now := h.serial("bot"); now != last {
 			last, renewals = now, renewals+1
 		}
 		for i, c := range conns {

@@ -168,10 +168,11 @@ func TestAPsqlSessionOutlivesTwentyRenewals(t *testing.T) {
 		t.Fatal(err)
 	}
 	answers := bufio.NewReader(stdout)
-	// Each query sleeps in the server for about one renewal: half of two seconds.
+	// Renewals come a second apart, at half of two: less than half of that passes from one look at the
+	// homes to the next.
 	ask := func() string {
 		t.Helper()
-		if _, err := io.WriteString(stdin, "select pg_backend_pid() from pg_sleep(1.1);\n"); err != nil {
+		if _, err := io.WriteString(stdin, "select pg_backend_pid() from pg_sleep(0.3);\n"); err != nil {
 			t.Fatal(err)
 		}
 		line, err := answers.ReadString('\n')
@@ -181,12 +182,22 @@ func TestAPsqlSessionOutlivesTwentyRenewals(t *testing.T) {
 		}
 		return strings.TrimSpace(line)
 	}
-	first := ask()
-	for i := range 20 {
+	const renewals = 20
+	first, queries := ask(), 1
+	seen := map[string]map[string]bool{"db1": {h.serial("db1"): true}, "bot": {h.serial("bot"): true}}
+	for end := time.Now().Add(4 * renewals * time.Second); len(seen["db1"]) <= renewals || len(seen["bot"]) <= renewals; {
+		if time.Now().After(end) {
+			t.Fatalf("%d renewals at the outlet and %d at the inlet", len(seen["db1"])-1, len(seen["bot"])-1)
+		}
 		if pid := ask(); pid != first {
-			t.Fatalf("query %d came from backend %s, the first from %s", i+2, pid, first)
+			t.Fatalf("query %d came from backend %s, the first from %s", queries+1, pid, first)
+		}
+		queries++
+		for host, serials := range seen {
+			serials[h.serial(host)] = true
 		}
 	}
+	t.Logf("%d queries, %d renewals at the outlet and %d at the inlet", queries, len(seen["db1"])-1, len(seen["bot"])-1)
 	stdin.Close()
 	if err := psql.Wait(); err != nil {
 		t.Fatalf("psql: %v\n%s", err, failure.String())

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -34,12 +35,14 @@ const patience = 30 * time.Second
 //	S          reading until the end, then the SHA-256 of what came, then an end
 //	E          an echo, ended when the client ends
 //	R          the pattern, then, once a byte has come, a reset
+//	B number   the pattern over and over, until the client has ended, then an end; as U meanwhile
 //
 // A number (4 bytes, big-endian) tells one transfer's result from those before.
 type service struct {
 	ln      net.Listener
 	results chan result
-	marks   chan mark // of the next U
+	marks   chan mark     // of the next U
+	stuck   chan struct{} // a write of B has waited for a second
 	all     sync.WaitGroup
 
 	accepted atomic.Int64 // connections
@@ -83,7 +86,7 @@ func serveOn(addr string) (*service, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &service{ln: ln, results: make(chan result, 256), marks: make(chan mark, 1), conns: make(map[net.Conn]struct{})}
+	s := &service{ln: ln, results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1), conns: make(map[net.Conn]struct{})}
 	s.all.Go(func() {
 		for {
 			c, err := ln.Accept()
@@ -140,7 +143,7 @@ func (s *service) answer(c net.Conn) {
 		return
 	}
 	switch kind[0] {
-	case 'D', 'U', 'H':
+	case 'D', 'U', 'H', 'B':
 		if _, err := io.ReadFull(c, number[:]); err != nil {
 			return
 		}
@@ -173,6 +176,36 @@ func (s *service) answer(c net.Conn) {
 		// Not spliced by the kernel: each idle connection would hold a pipe, two descriptors more.
 		io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
 		c.(halfCloser).CloseWrite()
+	case 'B':
+		ended := make(chan struct{})
+		go func() {
+			report(readAll(c, mark{}))
+			close(ended)
+		}()
+		for rest := pattern(); ; {
+			c.SetWriteDeadline(time.Now().Add(time.Second))
+			n, err := c.Write(rest)
+			rest = rest[n:]
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				select {
+				case s.stuck <- struct{}{}:
+				default:
+				}
+			} else if err != nil {
+				break
+			}
+			if len(rest) > 0 {
+				continue
+			}
+			select {
+			case <-ended:
+				c.(halfCloser).CloseWrite()
+				return
+			default:
+				rest = pattern()
+			}
+		}
+		<-ended
 	case 'R':
 		c.Write(pattern())
 		io.ReadFull(c, kind[:])
