@@ -124,6 +124,7 @@ func TestAHandshakeThatIsCutAnywhereComesToNothing(t *testing.T) {
 		for kind, cut := range cut {
 			t.Run(fmt.Sprintf("%s, direction %d", kind, direction), func(t *testing.T) {
 				t.Parallel()
+				t.Logf("%d places", len(places))
 				for some := range slices.Chunk(places, 300) { // 10 s each: within the life of the credentials
 					synctest.Test(t, func(t *testing.T) {
 						a, b := newSides(t)
@@ -171,6 +172,7 @@ func TestAFlippedLengthOrConfirmationComesToNothing(t *testing.T) {
 			flips = append(flips, flip{direction, at, byte(at % 8)})
 		}
 	}
+	t.Logf("%d flips", len(flips))
 	for some := range slices.Chunk(flips, 300) {
 		synctest.Test(t, func(t *testing.T) {
 			a, b := newSides(t)
