@@ -63,8 +63,8 @@ func (s *session) member(o memberOptions) (*member, error) {
 			return nil, notMember(dir)
 		}
 		m.trust = identity.NewTrust(m.ticket.Authority)
-	} else {
-		m.trust = identity.NewTrust(joined.Authority)
+	} else if m.trust, err = m.home.Trust(); err != nil {
+		return nil, err
 	}
 	if !o.ephemeral {
 		if m.home == nil {
