@@ -196,6 +196,7 @@ func (s *Server) Drain(ctx context.Context) (left int) {
 
 // Lanes is the number of lanes that are joined or about to be.
 func (s *Server) Lanes() int {
+	s.init()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.lanes

@@ -3,8 +3,10 @@ package relay_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/outlet"
@@ -26,41 +29,65 @@ const relayAddr = "10.0.0.1:4000"
 // town is an authority, a relay and whoever meets there, over a network in memory.
 type town struct {
 	*testing.T
+	virtual   bool
+	s         *relay.Server // of a test that wants it later
 	net       memnet.Network
 	authority *identity.Self
 	nodes     []*routing.Node
 	stops     []func() // the last first
 
-	mu    sync.Mutex
-	lanes []*memnet.Conn // as the dialers hold them, in the order of their dials
+	mu      sync.Mutex
+	dialled []*memnet.Conn // as the dialers hold them, in the order of their dials
 }
 
 // in runs f in a town in virtual time. Nothing may be left behind: no goroutine,
 // which the bubble sees to, and no actor.
 func in(t *testing.T, f func(w *town)) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		w := &town{T: t}
-		var err error
-		if w.authority, err = identity.NewSelf(); err != nil {
-			t.Fatal(err)
+	synctest.Test(t, func(t *testing.T) { runTown(&town{T: t, virtual: true}, f) })
+}
+
+// with is in for lanes by a carrier: yamux keeps its timers in a pool of the whole
+// process, so it runs in real time only.
+func with(t *testing.T, carrier relay.Carrier, f func(w *town)) {
+	t.Helper()
+	if carrier != relay.Yamux {
+		in(t, f)
+		return
+	}
+	before := runtime.NumGoroutine()
+	runTown(&town{T: t}, f)
+	(&town{T: t}).until("the goroutines are gone", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+func runTown(w *town, f func(w *town)) {
+	w.Helper()
+	var err error
+	if w.authority, err = identity.NewSelf(); err != nil {
+		w.Fatal(err)
+	}
+	w.net.OnConnect = func(_ string, dialer, _ *memnet.Conn) {
+		w.mu.Lock()
+		w.dialled = append(w.dialled, dialer)
+		w.mu.Unlock()
+	}
+	f(w)
+	for i := len(w.stops) - 1; i >= 0; i-- {
+		w.stops[i]()
+	}
+	for i, n := range w.nodes {
+		w.until(fmt.Sprintf("the actors of node %d are gone", i), func() bool { return n.Len() == 0 })
+	}
+}
+
+// until waits for what is about to be.
+func (w *town) until(what string, is func() bool) {
+	w.Helper()
+	for limit := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(limit) {
+			w.Fatalf("not in 20 s: %s", what)
 		}
-		w.net.OnConnect = func(_ string, dialer, _ *memnet.Conn) {
-			w.mu.Lock()
-			w.lanes = append(w.lanes, dialer)
-			w.mu.Unlock()
-		}
-		f(w)
-		for i := len(w.stops) - 1; i >= 0; i-- {
-			w.stops[i]()
-		}
-		synctest.Wait()
-		for i, n := range w.nodes {
-			if n.Len() != 0 {
-				t.Errorf("%d actors are left at node %d", n.Len(), i)
-			}
-		}
-	})
+	}
 }
 
 func (w *town) node() *routing.Node {
@@ -151,7 +178,7 @@ func (w *town) client(self *identity.Self, change func(*relay.Client)) *relay.Cl
 	return c
 }
 
-// outlet serves a name through the relay.
+// outlet serves a name through the relay, which holds it when outlet returns.
 func (w *town) outlet(name string, self *identity.Self, target outlet.Target, change func(*relay.Client)) (s *outlet.Server, stop func()) {
 	w.Helper()
 	allow, err := abac.Short("open", name, `principal.role == "agent"`)
@@ -163,9 +190,16 @@ func (w *town) outlet(name string, self *identity.Self, target outlet.Target, ch
 	if change != nil {
 		change(c)
 	}
-	ln := c.Listen(name, nil)
+	ready := make(chan struct{})
+	once := sync.OnceFunc(func() { close(ready) })
+	ln := c.Listen(name, func(s link.State) {
+		if s.Kind == link.Ready {
+			once()
+		}
+	})
 	stopOutlet := w.run(func(ctx context.Context) error { return s.Serve(ctx, ln) })
 	stopClient := w.run(c.Run)
+	<-ready
 	return s, func() { stopClient(); stopOutlet() }
 }
 

@@ -1,0 +1,23 @@
+package relay
+
+// Registrations is how many serve a name, of whatever authority.
+func (s *Server) Registrations(name string) (n int) {
+	s.init()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for key, p := range s.pools {
+		if key.name == name {
+			n += len(p.members)
+		}
+	}
+	return n
+}
+
+// Held is what the relay keeps: ids that are expected, pools, members, control
+// channels.
+func (s *Server) Held() int {
+	s.init()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.expected) + len(s.pools) + len(s.members) + len(s.controls)
+}
