@@ -125,7 +125,7 @@ func TestATargetThatIsDownIsToldInTheClientsProtocolAndTriedAgain(t *testing.T) 
 	addrs := w.kinds("bot", w.lanes, `inlet db ready direct`)
 	wantReset(t, addrs["raw"])
 	wantPostgres(t, w.house, addrs["pg"], "57P03", "refused")
-	wantHTTP(t, addrs["http"], http.StatusBadGateway, "PORTAL-E0401")
+	wantHTTP(t, addrs["http"], http.StatusBadGateway, "PORTAL-E0402")
 
 	s, err := serveOn(target)
 	if err != nil {
@@ -149,7 +149,7 @@ func TestATargetThatTimesOutIsToldInTheClientsProtocol(t *testing.T) {
 	addrs := h.kinds("bot", lanes, `inlet db ready direct`)
 	wantReset(t, addrs["raw"])
 	wantPostgres(t, h, addrs["pg"], "57P03", "time")
-	wantHTTP(t, addrs["http"], http.StatusBadGateway, "PORTAL-E0401")
+	wantHTTP(t, addrs["http"], http.StatusBadGateway, "PORTAL-E0403")
 }
 
 // deaf is an address that answers no SYN: its queue of connections not yet accepted is full.
