@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -68,10 +70,26 @@ func (c *Client) init() {
 			},
 			Limits:  stream.Limits{Budget: new(stream.Budget)},
 			Fresh:   c.Fresh,
-			OnState: c.OnState,
+			OnState: c.tell,
 			Logger:  c.log,
 		}
 	})
+}
+
+// tell passes on the control channel's states; names are not there without it.
+func (c *Client) tell(s link.State) {
+	if c.OnState != nil {
+		c.OnState(s)
+	}
+	if s.Kind != link.Waiting && s.Kind != link.Refused {
+		return
+	}
+	c.mu.Lock()
+	listeners := slices.Collect(maps.Keys(c.listeners))
+	c.mu.Unlock()
+	for _, l := range listeners {
+		l.tell(s)
+	}
 }
 
 var errNoRelay = errors.New("it proves neither to be the relay that was asked for nor, by its credential, that it may be one")

@@ -34,12 +34,13 @@ type Listener struct {
 	// Refused with why it does not. It must not wait. Set it before Run.
 	OnState func(link.State)
 
-	client *Client
-	name   string
-	lanes  chan net.Conn
-	closed chan struct{}
-	close  sync.Once
-	slots  chan struct{}
+	client  *Client
+	name    string
+	lanes   chan net.Conn
+	closed  chan struct{}
+	close   sync.Once
+	telling sync.Mutex
+	slots   chan struct{}
 }
 
 // Listen registers a name. An authority registers "authority".
@@ -86,7 +87,10 @@ type laneAddr string
 func (laneAddr) Network() string  { return "portal" }
 func (a laneAddr) String() string { return string(a) }
 
+// tell tells one state at a time: the control channel's come from another goroutine.
 func (l *Listener) tell(s link.State) {
+	l.telling.Lock()
+	defer l.telling.Unlock()
 	if l.OnState != nil {
 		l.OnState(s)
 	}

@@ -69,7 +69,7 @@ func wayFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringSliceFlag{Name: "direct", Usage: "the outlet's --listen, as `[ID@]HOST:PORT`; repeated: alternatives, the fastest first"},
 		&cli.StringFlag{Name: "peer", Usage: "demand the outlet with this `ID`, besides its right to serve the name"},
-		notYetFlag("relay"),
+		&cli.StringSliceFlag{Name: "relay", Usage: "a relay, as `[ID@]HOST:PORT`, in place of the membership's; repeated: alternatives, the fastest first"},
 		notYetFlag("via"),
 	}
 }
@@ -126,12 +126,13 @@ func newApp(s *session) *cli.App {
 					&cli.StringSliceFlag{Name: "advertise", Usage: "`HOST:PORT` that tickets name, where it differs from --listen"},
 					&cli.DurationFlag{Name: "credential-ttl", Value: time.Hour, Usage: "how long a credential lives; renewed at half of it"},
 					graceFlag(),
-					notYetFlag("relay"),
+					&cli.StringSliceFlag{Name: "relay", Usage: "be found at the relay `ID@HOST:PORT`, which trusts this authority; repeated: at all of them"},
 				},
 				Action: s.long(0, 0, func(ctx context.Context, c *cli.Context) error {
 					return runAuthority(ctx, s, authorityOptions{
 						home:      c.String("home"),
 						listen:    c.StringSlice("listen"),
+						relay:     c.StringSlice("relay"),
 						advertise: c.StringSlice("advertise"),
 						ttl:       c.Duration("credential-ttl"),
 						grace:     c.Duration("grace"),
@@ -189,13 +190,14 @@ func newApp(s *session) *cli.App {
 				Flags: []cli.Flag{
 					&cli.StringSliceFlag{Name: "direct", Usage: "the authority's --listen, as `HOST:PORT`, in place of the ticket's; remembered"},
 					&cli.DurationFlag{Name: "timeout", Value: 30 * time.Second, Usage: "try for `TIME` to reach the authority"},
-					notYetFlag("relay"),
+					&cli.StringSliceFlag{Name: "relay", Usage: "a relay to the authority, as `ID@HOST:PORT`, in place of the ticket's; remembered"},
 				},
 				Action: s.once(0, 1, func(ctx context.Context, c *cli.Context) error {
 					return runEnroll(ctx, s, enrollOptions{
 						home:    c.String("home"),
 						file:    c.Args().First(),
 						direct:  c.StringSlice("direct"),
+						relay:   c.StringSlice("relay"),
 						timeout: c.Duration("timeout"),
 					})
 				}),
@@ -222,6 +224,38 @@ func newApp(s *session) *cli.App {
 			},
 
 			{
+				Name: "relay", Usage: "join those who can only dial out, and see nothing", Category: "Tunnel",
+				Description: "portal relay --listen :4000 --advertise relay.example.com:4000 --trust PA6Z…\n" +
+					"Passes sealed bytes between inlets and outlets of the authorities it trusts: those of --trust, or\n" +
+					"the one that it is a member of.",
+				Flags: slices.Concat([]cli.Flag{
+					&cli.StringSliceFlag{Name: "listen", Usage: "take connections on `ADDR`: PORT (loopback), :PORT (every interface), HOST:PORT"},
+					&cli.StringSliceFlag{Name: "advertise", Usage: "`HOST:PORT` by which others reach it"},
+					&cli.StringSliceFlag{Name: "trust", Usage: "serve members of the authority with this `ID`"},
+					&cli.StringSliceFlag{Name: "allow-serve", Usage: "who may serve a name, besides a credential that says so: `P` is a Cedar expression or @FILE"},
+					&cli.StringSliceFlag{Name: "allow-connect", Usage: "who may ask for a name, of all members: `P`"},
+					&cli.StringSliceFlag{Name: "next", Usage: "another relay that callers may go on to, as `NAME=HOST:PORT`"},
+					&cli.StringSliceFlag{Name: "allow-next", Usage: "who may go on; nobody unless said: `P`"},
+					&cli.StringSliceFlag{Name: "from-relay", Usage: "`CIDR` of other relays: their connections count as many sources"},
+					notYetFlag("authority"),
+					graceFlag(),
+				}, membershipFlags()),
+				Action: s.long(0, 0, func(ctx context.Context, c *cli.Context) error {
+					return runRelay(ctx, s, relayOptions{
+						member:    memberFlags(c),
+						listen:    c.StringSlice("listen"),
+						advertise: c.StringSlice("advertise"),
+						trust:     c.StringSlice("trust"),
+						serve:     c.StringSlice("allow-serve"),
+						connect:   c.StringSlice("allow-connect"),
+						next:      c.StringSlice("next"),
+						allowNext: c.StringSlice("allow-next"),
+						from:      c.StringSlice("from-relay"),
+						grace:     c.Duration("grace"),
+					})
+				}),
+			},
+			{
 				Name: "outlet", Usage: "serve a private target under a name", ArgsUsage: "NAME [-- CMD …]", Category: "Tunnel",
 				Description: "portal outlet orders-db --to 5432 --listen :4100 --allow 'principal.role == \"agent\"'\n" +
 					"portal outlet files --listen :4100 --allow @files.cedar -- cat /srv/report.txt",
@@ -234,8 +268,8 @@ func newApp(s *session) *cli.App {
 					&cli.IntFlag{Name: "max-dials", Value: outlet.DefaultDials, Usage: "dials of the target at once"},
 					&cli.DurationFlag{Name: "dial-timeout", Value: 10 * time.Second, Usage: "the target must accept within `TIME`"},
 					graceFlag(),
-					notYetFlag("relay"),
-					notYetFlag("carrier"),
+					&cli.StringSliceFlag{Name: "relay", Usage: "be found at the relay `[ID@]HOST:PORT`, in place of the membership's; repeated: at all of them"},
+					&cli.StringFlag{Name: "carrier", Value: "dial-back", Usage: "how lanes come from a relay: `dial-back`, a connection each, or yamux, one connection for all"},
 				}, membershipFlags()),
 				Action: s.long(1, 1, func(ctx context.Context, c *cli.Context) error {
 					return runOutlet(ctx, s, outletOptions{
@@ -245,6 +279,8 @@ func newApp(s *session) *cli.App {
 						command:     s.after,
 						allow:       c.StringSlice("allow"),
 						listen:      c.StringSlice("listen"),
+						relay:       c.StringSlice("relay"),
+						carrier:     c.String("carrier"),
 						label:       c.StringSlice("label"),
 						streams:     c.Int("max-streams"),
 						dials:       c.Int("max-dials"),
@@ -305,7 +341,7 @@ func newApp(s *session) *cli.App {
 			},
 		},
 	}
-	for _, name := range []string{"relay", "connect", "up", "check", "status", "wait", "names", "doctor",
+	for _, name := range []string{"connect", "up", "check", "status", "wait", "names", "doctor",
 		"member", "policy", "audit", "mailbox", "send", "call", "completion"} {
 		app.Commands = append(app.Commands, notYetCommand(name))
 	}

@@ -119,11 +119,7 @@ func TestLinesThatAreRefused(t *testing.T) {
 		{"outlet --to", codeUsage, "needs a value"},
 		{"outlet --to --allow true", codeUsage, "--to needs a value"},
 		{"outlet --to -- cat", codeUsage, "--to needs a value"},
-		{"outlet db --relay a:1", codeNotYet, "reserved"},
-		{"outlet db --carrier=yamux", codeNotYet, "reserved"},
 		{"inlet db --via a,b", codeNotYet, "reserved"},
-		{"authority --relay a:1", codeNotYet, "reserved"},
-		{"enroll --relay a:1", codeNotYet, "reserved"},
 		{"relay --listen :4000 --authority", codeNotYet, "reserved"},
 		{"connect db -- psql", codeNotYet, "reserved"},
 		{"up -f portal.yaml", codeNotYet, "reserved"},
@@ -201,6 +197,7 @@ func TestEveryCommandOfTheContractIsKnown(t *testing.T) {
 		"outlet":    "to allow relay listen label carrier grace ticket ephemeral home output",
 		"inlet":     "from relay via direct peer require kind unsafe-listen mode group hold grace ticket ephemeral",
 		"ping":      "relay via direct peer target",
+		"relay":     "listen advertise authority trust allow-serve allow-connect next allow-next from-relay",
 	} {
 		for name := range strings.FieldsSeq(flags) {
 			if findFlag(app.Command(command).Flags, name) == nil {

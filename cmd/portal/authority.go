@@ -5,11 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
@@ -18,12 +21,14 @@ import (
 	"github.com/portal-tunnel/portal/internal/control"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/store"
+	"github.com/portal-tunnel/portal/relay"
 	"github.com/portal-tunnel/portal/routing"
 )
 
 type authorityOptions struct {
 	home      string
 	listen    []string
+	relay     []string // ID@HOST:PORT
 	advertise []string
 	ttl       time.Duration
 	grace     time.Duration
@@ -32,8 +37,12 @@ type authorityOptions struct {
 // runAuthority answers on its addresses, and on HOME/control.sock for the
 // commands of the same user. It has the store for itself.
 func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
-	if len(o.listen) == 0 {
-		return fail(codeUsage, "--listen :4000", "authority: nothing says where members reach it")
+	if len(o.listen)+len(o.relay) == 0 {
+		return fail(codeUsage, "--listen :4000, or --relay ID@HOST:PORT", "authority: nothing says where members reach it")
+	}
+	through, err := relayAddresses("relay", o.relay, true)
+	if err != nil {
+		return err
 	}
 	ports, err := parseListens("listen", o.listen, false)
 	if err != nil {
@@ -79,6 +88,7 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 			return err
 		}
 	}
+	ways = append(ways, through...)
 	if err := storeWays(st, knownWays{ways: ways, guessed: guessed}); err != nil {
 		return err
 	}
@@ -89,18 +99,25 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 	links := &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: server.Service()}, Logger: s.log}
 	d := &desk{server: server, store: st}
 	t := s.teller("authority", "")
+	rs := newRelays(node, self, identity.NewTrust(), s.log)
+	defer rs.close()
+	at := &posts{t: t, self: self.ID(), addrs: addresses(lns), relays: make(map[string]bool)}
 	return s.supervise(ctx, job{
 		role: "authority", grace: o.grace,
 		run: func(ctx context.Context) error {
-			ev := event{Address: addresses(lns), ID: self.ID().String()}
-			text := fmt.Sprintf("ready on %s (%s)", list(addresses(lns)), self.ID().Short())
-			t.ready(ev, text)
+			all := slices.Clone(lns)
+			for _, w := range through {
+				all = append(all, rs.client(w).Listen(relay.AuthorityName, func(state link.State) { at.relay(w.Addr, state) }))
+			}
+			if len(lns) > 0 {
+				at.tell()
+			}
 			s.say("authority %s: whoever controls this host can issue credentials", self.ID().Short())
 			if guessed {
 				s.warnGuess("tickets will name", wayTexts(ways))
 			}
 			parts := []func(context.Context) error{func(ctx context.Context) error { return control.Serve(ctx, socket, d.answer) }}
-			for _, ln := range lns {
+			for _, ln := range all {
 				parts = append(parts, func(ctx context.Context) error { return links.Serve(ctx, ln) })
 			}
 			err := together(ctx, parts...)
@@ -110,6 +127,51 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 		streams: func() int { return 0 },
 		drain:   func(context.Context) int { links.Drain(); return 0 },
 	})
+}
+
+// posts are where an authority answers: its own addresses, and relays that hold its
+// name.
+type posts struct {
+	t     *teller
+	self  identity.ID
+	addrs []string
+
+	mu     sync.Mutex
+	relays map[string]bool
+}
+
+func (p *posts) relay(addr string, state link.State) {
+	p.mu.Lock()
+	p.relays[addr] = state.Kind == link.Ready
+	p.mu.Unlock()
+	switch {
+	case state.Kind == link.Ready || len(p.addrs) > 0:
+		p.tell()
+	case state.Kind == link.Refused:
+		p.t.refused(state.Err)
+	default:
+		p.t.waiting(state.Err, state.Next)
+	}
+}
+
+func (p *posts) tell() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ev, text := event{Address: p.addrs, ID: p.self.String()}, "ready"
+	if len(p.addrs) > 0 {
+		text += " on " + list(p.addrs)
+	}
+	var by []string
+	for _, addr := range slices.Sorted(maps.Keys(p.relays)) {
+		if p.relays[addr] {
+			by = append(by, addr)
+		}
+	}
+	if len(by) > 0 {
+		text += " via " + list(by)
+		ev.Via = "via " + list(by)
+	}
+	p.t.ready(ev, fmt.Sprintf("%s (%s)", text, p.self.Short()))
 }
 
 // running says that another authority has the home.

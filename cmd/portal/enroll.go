@@ -15,6 +15,7 @@ type enrollOptions struct {
 	home    string
 	file    string // - is stdin; empty: the environment or the terminal
 	direct  []string
+	relay   []string
 	timeout time.Duration
 }
 
@@ -25,6 +26,11 @@ func runEnroll(ctx context.Context, s *session, o enrollOptions) error {
 	if err != nil {
 		return err
 	}
+	relayWays, err := relayAddresses("relay", o.relay, true)
+	if err != nil {
+		return err
+	}
+	ways = append(ways, relayWays...)
 	if err := atLeast("timeout", o.timeout, time.Second); err != nil {
 		return err
 	}
@@ -42,8 +48,11 @@ func runEnroll(ctx context.Context, s *session, o enrollOptions) error {
 	}
 	node := &routing.Node{Logger: s.log}
 	defer node.Close()
+	trust := identity.NewTrust(ticket.Authority)
+	relays := newRelays(node, self, trust, s.log)
+	defer relays.close()
 	client := &authority.Client{
-		Node: node, Self: self, Trust: identity.NewTrust(ticket.Authority), Home: h, Ways: ways, Logger: s.log,
+		Node: node, Self: self, Trust: trust, Home: h, Ways: ways, Logger: s.log, Dial: relays.toAuthority(ticket.Authority),
 	}
 	e, err := enroll(ctx, s, client, ticket, o.timeout)
 	if err != nil {
@@ -84,14 +93,22 @@ func enroll(ctx context.Context, s *session, client *authority.Client, ticket *i
 
 // by is how the authority is reached, as a sentence goes on.
 func by(ways []identity.Way) string {
-	var words []string
+	var direct, relays []string
 	for _, w := range ways {
-		words = append(words, w.Addr)
+		if w.ID.IsZero() {
+			direct = append(direct, w.Addr)
+		} else {
+			relays = append(relays, w.Addr)
+		}
 	}
-	if len(words) == 0 {
-		return ""
+	text := ""
+	if len(direct) > 0 {
+		text += " at " + fromPeer(list(direct))
 	}
-	return " at " + fromPeer(list(words))
+	if len(relays) > 0 {
+		text += "; relay " + fromPeer(list(relays))
+	}
+	return text
 }
 
 // grant is an attribute's value, or that there is none.

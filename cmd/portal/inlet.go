@@ -94,10 +94,11 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	if err != nil {
 		return err
 	}
-	m, err := s.member(o.member)
+	m, err := s.memberFor(p.routes, o.member)
 	if err != nil {
 		return err
 	}
+	defer m.close()
 	lns, err := listenAll(ctx, p.ports, p.socket)
 	if err != nil {
 		return err
@@ -110,7 +111,6 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	return s.supervise(ctx, job{
 		role: "inlet", name: o.name, grace: o.grace,
 		run: func(ctx context.Context) error {
-			defer m.node.Close()
 			parts := []func(context.Context) error{func(ctx context.Context) error {
 				if err := m.join(ctx, t); err != nil {
 					return err
@@ -155,22 +155,57 @@ func (t *teller) inlet(state inlet.State) {
 // wayOptions say how to reach an outlet.
 type wayOptions struct {
 	direct []string
+	relay  []string
 	peer   string
 }
 
 func wayOf(c *cli.Context) wayOptions {
-	return wayOptions{direct: c.StringSlice("direct"), peer: c.String("peer")}
+	return wayOptions{direct: c.StringSlice("direct"), relay: c.StringSlice("relay"), peer: c.String("peer")}
 }
 
 // A route is the ways to an outlet, checked, and the identity it must have;
 // zero: any that may serve the name.
 type route struct {
-	addrs []string
-	pin   identity.ID
+	command, name string
+	addrs         []string       // direct
+	relays        []identity.Way // none of either: those of the membership
+	pin           identity.ID
+}
+
+// known says how the outlet is reached, as a member of m's authority; m is nil when
+// this home is none's.
+func (r *route) known(m *member) error {
+	if len(r.addrs)+len(r.relays) > 0 {
+		return nil
+	}
+	if m != nil {
+		r.relays = m.relayWays()
+	}
+	if len(r.relays) == 0 {
+		return fail(codeUsage, "--direct HOST:PORT, the --listen of `portal outlet "+r.name+"`, or --relay ID@HOST:PORT",
+			"%s %s: nothing says how to reach the outlet", r.command, r.name)
+	}
+	return nil
+}
+
+// memberFor opens the home, and finds the ways that the line does not give in it.
+func (s *session) memberFor(r *route, o memberOptions) (*member, error) {
+	m, err := s.member(o)
+	if err != nil {
+		if way := r.known(nil); way != nil {
+			return nil, way
+		}
+		return nil, err
+	}
+	if err := r.known(m); err != nil {
+		m.close()
+		return nil, err
+	}
+	return m, nil
 }
 
 func (o wayOptions) plan(command, name string) (*route, error) {
-	r := new(route)
+	r := &route{command: command, name: name}
 	if o.peer != "" {
 		id, err := parsePin(o.peer)
 		if err != nil {
@@ -178,9 +213,9 @@ func (o wayOptions) plan(command, name string) (*route, error) {
 		}
 		r.pin = id
 	}
-	if len(o.direct) == 0 {
-		return nil, fail(codeUsage, "--direct HOST:PORT, the --listen of `portal outlet "+name+"`",
-			"%s %s: nothing says how to reach the outlet", command, name)
+	var err error
+	if r.relays, err = relayAddresses("relay", o.relay, false); err != nil {
+		return nil, err
 	}
 	for _, text := range o.direct {
 		id, addr, err := pinned(text)
@@ -204,6 +239,12 @@ func (r *route) inlet(name string, m *member, log *slog.Logger) *inlet.Server {
 	for _, addr := range r.addrs {
 		server.Paths = append(server.Paths, inlet.Path{Name: "direct " + addr, Dial: func(ctx context.Context) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		}})
+	}
+	for _, w := range r.relays {
+		client := m.relays.client(m.pinned(w))
+		server.Paths = append(server.Paths, inlet.Path{Name: "via " + w.Addr, Dial: func(ctx context.Context) (net.Conn, error) {
+			return client.Lane(ctx, name, r.pin)
 		}})
 	}
 	return server

@@ -34,7 +34,15 @@ type member struct {
 	trust  *identity.Trust
 	node   *routing.Node
 	client *authority.Client
+	relays *relays          // the ways through relays, to the authority too
+	ways   []identity.Way   // of the membership or the ticket
 	ticket *identity.Ticket // to be redeemed; nil: is a member already
+}
+
+// close ends what the member keeps up. What uses it has ended.
+func (m *member) close() {
+	m.relays.close()
+	m.node.Close()
 }
 
 // member opens the home and finds out whether it is a member's, or is given a
@@ -62,7 +70,7 @@ func (s *session) member(o memberOptions) (*member, error) {
 		case m.ticket == nil:
 			return nil, notMember(dir)
 		}
-		m.trust = identity.NewTrust(m.ticket.Authority)
+		m.trust, m.ways = identity.NewTrust(m.ticket.Authority), m.ticket.Ways
 	} else if m.trust, err = m.home.Trust(); err != nil {
 		return nil, err
 	}
@@ -76,8 +84,50 @@ func (s *session) member(o memberOptions) (*member, error) {
 			return nil, err
 		}
 	}
-	m.client = &authority.Client{Node: m.node, Self: m.self, Trust: m.trust, Home: m.home, Logger: s.log}
+	if joined != nil {
+		m.ways = joined.Ways
+	}
+	m.relays = newRelays(m.node, m.self, m.trust, s.log)
+	m.client = &authority.Client{
+		Node: m.node, Self: m.self, Trust: m.trust, Home: m.home, Logger: s.log,
+		Dial: m.relays.toAuthority(m.trust.Authorities()[0]),
+	}
 	return m, nil
+}
+
+// identityOnly is a process that acts for its identity alone: it belongs to no
+// authority that it would ask.
+func (s *session) identityOnly(home string, trusts []identity.ID) (*member, error) {
+	h, err := s.openHome(home)
+	if err != nil {
+		return nil, err
+	}
+	m := &member{home: h, node: &routing.Node{Logger: s.log}, trust: identity.NewTrust(trusts...)}
+	if m.self, err = h.Self(); err != nil {
+		return nil, err
+	}
+	m.relays = newRelays(m.node, m.self, m.trust, s.log)
+	return m, nil
+}
+
+// relayWays are the membership's ways that lead through relays.
+func (m *member) relayWays() (ways []identity.Way) {
+	for _, w := range m.ways {
+		if !w.ID.IsZero() {
+			ways = append(ways, w)
+		}
+	}
+	return ways
+}
+
+// pinned gives a way without a pin the one that the ticket had for its address.
+func (m *member) pinned(w identity.Way) identity.Way {
+	for _, known := range m.relayWays() {
+		if w.ID.IsZero() && known.Addr == w.Addr {
+			return known
+		}
+	}
+	return w
 }
 
 // notMember names the user too: it may be another one's home that is.

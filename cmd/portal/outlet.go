@@ -6,12 +6,16 @@ import (
 	"log/slog"
 	"net"
 	"os/exec"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/outlet"
+	"github.com/portal-tunnel/portal/relay"
 )
 
 type outletOptions struct {
@@ -21,6 +25,8 @@ type outletOptions struct {
 	command     []string // in place of to: one process a stream
 	allow       []string
 	listen      []string
+	relay       []string
+	carrier     string
 	label       []string
 	streams     int
 	dials       int
@@ -34,7 +40,25 @@ type outletPlan struct {
 	target targetAddress // zero: command
 	policy *abac.Policy
 	ports  []listenAddress
+	relays []identity.Way // with no ports either: those of the membership
+	lanes  relay.Carrier
 	labels map[string]any
+}
+
+// reachable says by which relays, as a member of m's authority; m is nil when this
+// home is none's.
+func (p *outletPlan) reachable(m *member) error {
+	if len(p.ports)+len(p.relays) > 0 {
+		return nil
+	}
+	if m != nil {
+		p.relays = m.relayWays()
+	}
+	if len(p.relays) == 0 {
+		return fail(codeUsage, "--relay ID@HOST:PORT; or --listen :4100, and `portal inlet "+p.name+" --direct HOST:4100` on the other side",
+			"outlet %s: nothing says where inlets reach it", p.name)
+	}
+	return nil
 }
 
 func (o outletOptions) plan() (*outletPlan, error) {
@@ -65,9 +89,11 @@ func (o outletOptions) plan() (*outletPlan, error) {
 	if p.policy, err = p.readPolicy(); err != nil {
 		return nil, err
 	}
-	if len(o.listen) == 0 {
-		return nil, fail(codeUsage, "--listen :4100, and `portal inlet "+o.name+" --direct HOST:4100` on the other side",
-			"outlet %s: nothing says where inlets reach it", o.name)
+	if p.relays, err = relayAddresses("relay", o.relay, false); err != nil {
+		return nil, err
+	}
+	if p.lanes, err = relay.ParseCarrier(o.carrier); err != nil {
+		return nil, fail(codeUsage, "dial-back or yamux", "--carrier %q is none", plain(o.carrier))
 	}
 	if p.ports, err = parseListens("listen", o.listen, false); err != nil {
 		return nil, err
@@ -101,6 +127,14 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	}
 	m, err := s.member(o.member)
 	if err != nil {
+		if way := p.reachable(nil); way != nil {
+			return way
+		}
+		return err
+	}
+	defer m.close()
+	m.relays.carrier = p.lanes
+	if err := p.reachable(m); err != nil {
 		return err
 	}
 	lns, err := listenAll(ctx, p.ports, socketOptions{everywhere: true})
@@ -112,16 +146,20 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	return s.supervise(ctx, job{
 		role: "outlet", name: o.name, grace: o.grace,
 		run: func(ctx context.Context) error {
-			defer m.node.Close()
 			defer closeAll(lns)
 			if err := m.join(ctx, t); err != nil {
 				return err
 			}
+			at := &presence{plan: p, t: t, addrs: addresses(lns), relays: make(map[string]link.State)}
+			all := slices.Clone(lns)
+			for _, w := range p.relays {
+				all = append(all, m.relays.client(m.pinned(w)).Listen(p.name, func(state link.State) { at.relay(w.Addr, state) }))
+			}
 			parts := []func(context.Context) error{m.client.Run, m.follow, func(ctx context.Context) error {
-				p.report(ctx, m, server, t, addresses(lns))
+				p.report(ctx, m, server, at)
 				return nil
 			}}
-			for _, ln := range lns {
+			for _, ln := range all {
 				parts = append(parts, func(ctx context.Context) error { return server.Serve(ctx, ln) })
 			}
 			return together(ctx, parts...)
@@ -157,17 +195,16 @@ func (p *outletPlan) reach() outlet.Target {
 }
 
 // report tells what the outlet is: it is there for others as long as its
-// credential says that it may serve the name. The target is dialled once, for
-// the line to say what it answered.
-func (p *outletPlan) report(ctx context.Context, m *member, server *outlet.Server, t *teller, addrs []string) {
-	ev := event{Address: addrs}
-	answer := "each stream runs " + plain(strings.Join(p.command, " "))
+// credential says that it may serve the name, and it listens or a relay holds the
+// name. The target is dialled once, for the line to say what it answered.
+func (p *outletPlan) report(ctx context.Context, m *member, server *outlet.Server, at *presence) {
+	at.answer = "each stream runs " + plain(strings.Join(p.command, " "))
 	if p.command == nil {
-		ev.Target, ev.Answer = p.target.String(), "answers"
+		at.ev.Target, at.ev.Answer = p.target.String(), "answers"
 		if err := server.CheckTarget(ctx); err != nil {
-			ev.Answer = "does not answer: " + reasonText(err)
+			at.ev.Answer = "does not answer: " + reasonText(err)
 		}
-		answer = "target " + ev.Target + " " + ev.Answer
+		at.answer = "target " + at.ev.Target + " " + at.ev.Answer
 	}
 	m.watch(ctx, func(c *identity.Credential) error {
 		if c.MayServe(p.name) {
@@ -175,16 +212,82 @@ func (p *outletPlan) report(ctx context.Context, m *member, server *outlet.Serve
 		}
 		return fail(codeRefused, "", "the credential of %s may not serve %s; a ticket made with --serve %s can change that",
 			memberName(c.Name()), p.name, p.name)
-	}, func(err error) {
-		switch {
-		case err == nil:
-			t.ready(ev, "ready on "+list(addrs)+"; "+answer)
-		case classify(err).code == codeRefused:
-			t.refused(err)
-		default:
-			t.waiting(err, 0)
+	}, at.credential)
+}
+
+// presence is where an outlet can be found, and whether its credential lets it be.
+type presence struct {
+	plan  *outletPlan
+	t     *teller
+	addrs []string
+
+	ev     event // what is told with it
+	answer string
+
+	mu     sync.Mutex
+	known  bool  // the credential has been looked at
+	err    error // and does not let it
+	relays map[string]link.State
+}
+
+func (a *presence) credential(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.known, a.err = true, err
+	a.tellLocked()
+}
+
+func (a *presence) relay(addr string, state link.State) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.relays[addr] = state
+	a.tellLocked()
+}
+
+func (a *presence) tellLocked() {
+	switch {
+	case !a.known:
+		return
+	case a.err != nil && classify(a.err).code == codeRefused:
+		a.t.refused(a.err)
+		return
+	case a.err != nil:
+		a.t.waiting(a.err, 0)
+		return
+	}
+	var by []string
+	var refused, waiting *link.State
+	for _, w := range a.plan.relays {
+		state, told := a.relays[w.Addr]
+		if !told {
+			continue
 		}
-	})
+		switch state.Kind {
+		case link.Ready:
+			by = append(by, w.Addr)
+		case link.Refused:
+			refused = &state
+		default:
+			waiting = &state
+		}
+	}
+	switch {
+	case len(a.addrs)+len(by) > 0:
+		ev, text := a.ev, "ready"
+		ev.Address = a.addrs
+		if len(a.addrs) > 0 {
+			text += " on " + list(a.addrs)
+		}
+		if len(by) > 0 {
+			text += " via " + list(by)
+			ev.Via = "via " + list(by)
+		}
+		a.t.ready(ev, text+"; "+a.answer)
+	case waiting != nil:
+		a.t.waiting(waiting.Err, waiting.Next)
+	case refused != nil:
+		a.t.refused(refused.Err)
+	}
 }
 
 // listenAll opens every address or none.

@@ -32,11 +32,11 @@ func runPing(ctx context.Context, s *session, o pingOptions) error {
 	if err := atLeast("timeout", o.timeout, time.Millisecond); err != nil {
 		return err
 	}
-	m, err := s.member(o.member)
+	m, err := s.memberFor(way, o.member)
 	if err != nil {
 		return err
 	}
-	defer m.node.Close()
+	defer m.close()
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	if err := m.join(ctx, s.teller("ping", o.name)); err != nil {

@@ -17,9 +17,18 @@ const maxPolicy = 64 << 10
 // action and the name, or @FILE with whole policies. Together they are one set:
 // any permit, no forbid. nil when there are none.
 func policy(flag, action, name string, ps []string) (*abac.Policy, error) {
+	return policies(flag, ps, func(expr string) (*abac.Policy, error) { return abac.Short(action, name, expr) })
+}
+
+// policyForAny is policy for whatever name.
+func policyForAny(flag, action string, ps []string) (*abac.Policy, error) {
+	return policies(flag, ps, func(expr string) (*abac.Policy, error) { return abac.ShortAny(action, expr) })
+}
+
+func policies(flag string, ps []string, short func(expr string) (*abac.Policy, error)) (*abac.Policy, error) {
 	var set []*abac.Policy
 	for _, p := range ps {
-		one, err := onePolicy(action, name, p)
+		one, err := onePolicy(p, short)
 		var syntax *abac.SyntaxError
 		if errors.As(err, &syntax) {
 			if syntax.Name == "" {
@@ -38,10 +47,10 @@ func policy(flag, action, name string, ps []string) (*abac.Policy, error) {
 	return abac.Join(set...), nil
 }
 
-func onePolicy(action, name, p string) (*abac.Policy, error) {
+func onePolicy(p string, short func(expr string) (*abac.Policy, error)) (*abac.Policy, error) {
 	file, ok := strings.CutPrefix(p, "@")
 	if !ok {
-		return abac.Short(action, name, p)
+		return short(p)
 	}
 	// Opening a pipe would wait for its writer, and a signal to end for that.
 	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)

@@ -307,7 +307,11 @@ func appendConfirm(b []byte, kind uint8, config *Config) ([]byte, *identity.Cred
 	}
 	var raw []byte
 	c, issuer := config.Self.Show()
-	if c != nil {
+	if c != nil && config.Kind == Relay && !config.now().Before(c.Expires) {
+		// By a relay an authority may be reached, to renew it; meanwhile it is as good
+		// as none, and would be refused.
+		issuer = nil
+	} else if c != nil {
 		raw = c.Raw()
 	}
 	b = AppendHeader(b, kind, 0, 4+len(raw)+len(issuer))

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+
+	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/relay"
+	"github.com/portal-tunnel/portal/routing"
+)
+
+// relays are the relays of this process, one client each, whatever it is that they
+// are used for. A client begins when it is first asked for.
+type relays struct {
+	node    *routing.Node
+	self    *identity.Self
+	trust   *identity.Trust
+	log     *slog.Logger
+	carrier relay.Carrier // set before the first is asked for
+
+	mu      sync.Mutex
+	clients map[identity.Way]*relay.Client
+	ctx     context.Context
+	cancel  context.CancelFunc
+	all     sync.WaitGroup
+}
+
+func newRelays(node *routing.Node, self *identity.Self, trust *identity.Trust, log *slog.Logger) *relays {
+	r := &relays{node: node, self: self, trust: trust, log: log, clients: make(map[identity.Way]*relay.Client)}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	return r
+}
+
+// client is this process's end of the relay at w. It does not renew before it
+// dials: the way to the authority may lead through it.
+func (r *relays) client(w identity.Way) *relay.Client {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c := r.clients[w]
+	if c == nil {
+		c = &relay.Client{ID: w.ID, Addr: w.Addr, Node: r.node, Self: r.self, Trust: r.trust, Carrier: r.carrier, Logger: r.log}
+		r.clients[w] = c
+		r.all.Go(func() { c.Run(r.ctx) })
+	}
+	return c
+}
+
+// toAuthority dials an authority by whatever way.
+func (r *relays) toAuthority(id identity.ID) func(context.Context, identity.Way) (net.Conn, error) {
+	return func(ctx context.Context, w identity.Way) (net.Conn, error) {
+		if w.ID.IsZero() {
+			return new(net.Dialer).DialContext(ctx, "tcp", w.Addr)
+		}
+		return r.client(w).Lane(ctx, relay.AuthorityName, id)
+	}
+}
+
+func (r *relays) close() {
+	r.cancel()
+	r.all.Wait()
+}
+
+// relayAddresses reads [ID@]HOST:PORT each; pin says that the ID must be there.
+func relayAddresses(flag string, texts []string, pin bool) ([]identity.Way, error) {
+	var ways []identity.Way
+	for _, text := range texts {
+		id, addr, err := pinned(text)
+		if err != nil {
+			return nil, fmt.Errorf("--%s: %w", flag, err)
+		}
+		if pin && id.IsZero() {
+			return nil, fail(codeAddress, "ID@HOST:PORT; `portal identity show` on the relay's host prints the ID", "--%s %s: an address alone makes nobody a relay", flag, plain(text))
+		}
+		ways = append(ways, identity.Way{ID: id, Addr: addr})
+	}
+	return ways, nil
+}
