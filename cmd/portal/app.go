@@ -81,11 +81,11 @@ func newApp(s *session) *cli.App {
 		Usage:     "private services, reached by those a policy permits",
 		UsageText: "portal COMMAND [flags and arguments in any order]",
 		Description: "The shortest real set-up:\n\n" +
-			"   portal authority --listen :4000\n" +
-			"   portal ticket create --name db1 --serve orders-db | ssh db1 portal enroll -\n" +
-			"   portal ticket create --name bot --attr role=agent | ssh bot portal enroll -\n" +
-			"   db1$ portal outlet orders-db --to 5432 --listen :4100 --allow 'principal.role == \"agent\"'\n" +
-			"   bot$ portal inlet orders-db --from 15432 --direct db1:4100\n\n" +
+			"   relay$ portal relay --listen :4000 --advertise relay.example.com:4000 --authority\n" +
+			"   relay$ portal ticket create --name db1 --serve orders-db | ssh db1 portal enroll -\n" +
+			"   relay$ portal ticket create --name bot --attr role=agent | ssh bot portal enroll -\n" +
+			"   db1$ portal outlet orders-db --to 5432 --allow 'principal.role == \"agent\"'\n" +
+			"   bot$ portal inlet orders-db --from 15432\n\n" +
 			"`portal demo` shows the whole of it on this host alone.\n\n" +
 			"Exit status: 0 fine, 1 failed at run time, 2 usage or configuration, 3 refused,\n" +
 			"4 unreachable, 5 drain timed out, 130 interrupted.",
@@ -225,7 +225,8 @@ func newApp(s *session) *cli.App {
 
 			{
 				Name: "relay", Usage: "join those who can only dial out, and see nothing", Category: "Tunnel",
-				Description: "portal relay --listen :4000 --advertise relay.example.com:4000 --trust PA6Z…\n" +
+				Description: "portal relay --listen :4000 --advertise relay.example.com:4000 --authority\n" +
+					"portal relay --listen :4000 --advertise relay.example.com:4000 --trust PA6Z…\n" +
 					"Passes sealed bytes between inlets and outlets of the authorities it trusts: those of --trust, or\n" +
 					"the one that it is a member of.",
 				Flags: slices.Concat([]cli.Flag{
@@ -237,7 +238,8 @@ func newApp(s *session) *cli.App {
 					&cli.StringSliceFlag{Name: "next", Usage: "another relay that callers may go on to, as `NAME=HOST:PORT`"},
 					&cli.StringSliceFlag{Name: "allow-next", Usage: "who may go on; nobody unless said: `P`"},
 					&cli.StringSliceFlag{Name: "from-relay", Usage: "`CIDR` of other relays: their connections count as many sources"},
-					notYetFlag("authority"),
+					&cli.BoolFlag{Name: "authority", Usage: "host the authority in this process: whoever controls this host can then issue credentials"},
+					&cli.DurationFlag{Name: "credential-ttl", Value: time.Hour, Usage: "with --authority: how long a credential lives; renewed at half of it"},
 					graceFlag(),
 				}, membershipFlags()),
 				Action: s.long(0, 0, func(ctx context.Context, c *cli.Context) error {
@@ -251,6 +253,8 @@ func newApp(s *session) *cli.App {
 						next:      c.StringSlice("next"),
 						allowNext: c.StringSlice("allow-next"),
 						from:      c.StringSlice("from-relay"),
+						authority: c.Bool("authority"),
+						ttl:       c.Duration("credential-ttl"),
 						grace:     c.Duration("grace"),
 					})
 				}),

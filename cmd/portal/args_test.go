@@ -120,7 +120,6 @@ func TestLinesThatAreRefused(t *testing.T) {
 		{"outlet --to --allow true", codeUsage, "--to needs a value"},
 		{"outlet --to -- cat", codeUsage, "--to needs a value"},
 		{"inlet db --via a,b", codeNotYet, "reserved"},
-		{"relay --listen :4000 --authority", codeNotYet, "reserved"},
 		{"connect db -- psql", codeNotYet, "reserved"},
 		{"up -f portal.yaml", codeNotYet, "reserved"},
 		{"identity rotate", codeNotYet, "reserved"},

@@ -58,30 +58,16 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 	if err := atLeast("grace", o.grace, 0); err != nil {
 		return err
 	}
-	h, err := s.openHome(o.home)
+	b, err := s.openBureau(o.home, o.ttl)
 	if err != nil {
 		return err
 	}
-	self, err := h.Authority(true)
-	if err != nil {
-		return err
-	}
-	// Before anything that a running authority has: its process is named.
-	st, err := store.Open(storePath(h))
-	if err != nil {
-		return running(h, err)
-	}
-	defer st.Close()
+	defer b.close()
 	lns, err := listenAll(ctx, ports, socketOptions{everywhere: true})
 	if err != nil {
 		return err
 	}
 	defer closeAll(lns)
-	socket, err := control.Listen(controlPath(h))
-	if err != nil {
-		return running(h, err)
-	}
-	defer socket.Close()
 	guessed := false
 	if len(ways) == 0 {
 		if ways, guessed, err = ownWays(lns); err != nil {
@@ -89,17 +75,12 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 		}
 	}
 	ways = append(ways, through...)
-	if err := storeWays(st, knownWays{ways: ways, guessed: guessed}); err != nil {
+	if err := storeWays(b.store, knownWays{ways: ways, guessed: guessed}); err != nil {
 		return err
 	}
-
-	node := &routing.Node{Logger: s.log}
-	defer node.Close()
-	server := &authority.Server{Self: self, Store: st, TTL: o.ttl, Node: node, Logger: s.log}
-	links := &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: server.Service()}, Logger: s.log}
-	d := &desk{server: server, store: st}
+	self, links := b.self, b.links
 	t := s.teller("authority", "")
-	rs := newRelays(node, self, identity.NewTrust(), s.log)
+	rs := newRelays(b.node, self, identity.NewTrust(), s.log)
 	defer rs.close()
 	at := &posts{t: t, self: self.ID(), addrs: addresses(lns), relays: make(map[string]bool)}
 	return s.supervise(ctx, job{
@@ -113,20 +94,69 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 				at.tell()
 			}
 			s.say("authority %s: whoever controls this host can issue credentials", self.ID().Short())
+			if len(through) > 0 {
+				s.say("the relay serves its members with --trust %s", self.ID())
+			}
 			if guessed {
 				s.warnGuess("tickets will name", wayTexts(ways))
 			}
-			parts := []func(context.Context) error{func(ctx context.Context) error { return control.Serve(ctx, socket, d.answer) }}
-			for _, ln := range all {
-				parts = append(parts, func(ctx context.Context) error { return links.Serve(ctx, ln) })
-			}
-			err := together(ctx, parts...)
-			return errors.Join(err, server.Close())
+			return b.run(ctx, all)
 		},
 		// A question takes a moment and asks again by itself.
 		streams: func() int { return 0 },
 		drain:   func(context.Context) int { links.Drain(); return 0 },
 	})
+}
+
+// A bureau is an authority that has its home for itself: the store, and the socket on
+// which commands ask.
+type bureau struct {
+	home   *identity.Home
+	self   *identity.Self
+	store  *store.Store
+	socket net.Listener
+	node   *routing.Node
+	server *authority.Server
+	links  *link.Server
+}
+
+// openBureau opens the authority of a home and makes it on first need.
+func (s *session) openBureau(home string, ttl time.Duration) (*bureau, error) {
+	h, err := s.openHome(home)
+	if err != nil {
+		return nil, err
+	}
+	b := &bureau{home: h, node: &routing.Node{Logger: s.log}}
+	if b.self, err = h.Authority(true); err != nil {
+		return nil, err
+	}
+	// Before anything that a running authority has: its process is named.
+	if b.store, err = store.Open(storePath(h)); err != nil {
+		return nil, running(h, err)
+	}
+	if b.socket, err = control.Listen(controlPath(h)); err != nil {
+		b.store.Close()
+		return nil, running(h, err)
+	}
+	b.server = &authority.Server{Self: b.self, Store: b.store, TTL: ttl, Node: b.node, Logger: s.log}
+	b.links = &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: b.server.Service()}, Logger: s.log}
+	return b, nil
+}
+
+// run answers members on lns, and commands, until ctx ends.
+func (b *bureau) run(ctx context.Context, lns []net.Listener) error {
+	d := &desk{server: b.server, store: b.store}
+	parts := []func(context.Context) error{func(ctx context.Context) error { return control.Serve(ctx, b.socket, d.answer) }}
+	for _, ln := range lns {
+		parts = append(parts, func(ctx context.Context) error { return b.links.Serve(ctx, ln) })
+	}
+	return errors.Join(together(ctx, parts...), b.server.Close())
+}
+
+func (b *bureau) close() {
+	b.node.Close()
+	b.socket.Close()
+	b.store.Close()
 }
 
 // posts are where an authority answers: its own addresses, and relays that hold its

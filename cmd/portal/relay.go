@@ -6,10 +6,12 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/authority"
 	"github.com/portal-tunnel/portal/relay"
 )
 
@@ -23,6 +25,8 @@ type relayOptions struct {
 	next      []string // NAME=HOST:PORT
 	allowNext []string
 	from      []string // CIDRs
+	authority bool     // hosts one
+	ttl       time.Duration
 	grace     time.Duration
 }
 
@@ -79,6 +83,12 @@ func (o relayOptions) plan() (*relayPlan, error) {
 	if p.policies, err = p.readPolicies(); err != nil {
 		return nil, err
 	}
+	if o.authority && len(p.trusts) > 0 {
+		return nil, fail(codeUsage, "leave out one of them", "relay: --authority hosts an authority, --trust names one elsewhere")
+	}
+	if err := atLeast("credential-ttl", o.ttl, authority.MinTTL); err != nil {
+		return nil, err
+	}
 	return p, atLeast("grace", o.grace, 0)
 }
 
@@ -120,13 +130,22 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 	if err != nil {
 		return err
 	}
-	var m *member
-	if len(p.trusts) == 0 {
-		if m, err = s.member(o.member); err != nil {
-			return fail(codeUsage, "--trust ID of the authority, which need not run here; or `portal enroll` with a ticket made with --as-relay",
-				"relay: nothing says whose members meet here: %w", err)
+	var b *bureau // --authority
+	if o.authority {
+		if b, err = s.openBureau(o.member.home, o.ttl); err != nil {
+			return err
 		}
-	} else if m, err = s.identityOnly(o.member.home, p.trusts); err != nil {
+		defer b.close()
+		p.trusts = []identity.ID{b.self.ID()}
+	}
+	var m *member
+	if len(p.trusts) > 0 {
+		m, err = s.identityOnly(o.member.home, p.trusts)
+	} else if m, err = s.member(o.member); err != nil {
+		err = fail(codeUsage, "--authority; or --trust ID of the authority, which need not run here; or `portal enroll` with a ticket made with --as-relay",
+			"relay: nothing says whose members meet here: %w", err)
+	}
+	if err != nil {
 		return err
 	}
 	defer m.close()
@@ -140,6 +159,14 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 	}
 	if len(p.prefixes) > 0 {
 		server.Many = p.relayIs
+	}
+	hosted := newInbox()
+	guessed := false
+	if b != nil {
+		if guessed, err = p.host(b, m, lns); err != nil {
+			return err
+		}
+		server.Local = map[identity.ID]func(context.Context, net.Conn){b.self.ID(): hosted.put}
 	}
 	t := s.teller("relay", "")
 	return s.supervise(ctx, job{
@@ -155,6 +182,13 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 			}
 			t.ready(event{Address: addresses(lns), ID: m.self.ID().String()}, fmt.Sprintf("%s (%s)", text, m.self.ID().Short()))
 			var parts []func(context.Context) error
+			if b != nil {
+				s.say(`authority %s: whoever controls this host can issue credentials (see "A blind relay")`, b.self.ID().Short())
+				if guessed {
+					s.warnGuess("tickets will name", wayTexts(p.ways))
+				}
+				parts = append(parts, func(ctx context.Context) error { return b.run(ctx, []net.Listener{hosted}) })
+			}
 			if m.client != nil {
 				parts = append(parts, m.client.Run, m.follow)
 			}
@@ -175,3 +209,63 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 		},
 	})
 }
+
+// host puts the ways to this relay into the tickets of the authority in its process.
+func (p *relayPlan) host(b *bureau, m *member, lns []net.Listener) (guessed bool, err error) {
+	if len(p.ways) == 0 {
+		var own []identity.Way
+		if own, guessed, err = ownWays(lns); err != nil {
+			return false, err
+		}
+		p.ways = own
+	}
+	ways := make([]identity.Way, 0, len(p.ways))
+	for _, w := range p.ways {
+		ways = append(ways, identity.Way{ID: m.self.ID(), Addr: w.Addr})
+	}
+	return guessed, storeWays(b.store, knownWays{ways: ways, guessed: guessed})
+}
+
+// inbox is a listener whose connections are put into it.
+type inbox struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	close  func()
+}
+
+func newInbox() *inbox {
+	i := &inbox{conns: make(chan net.Conn), closed: make(chan struct{})}
+	i.close = sync.OnceFunc(func() { close(i.closed) })
+	return i
+}
+
+func (i *inbox) put(ctx context.Context, c net.Conn) {
+	select {
+	case i.conns <- c:
+	case <-i.closed:
+		c.Close()
+	case <-ctx.Done():
+		c.Close()
+	}
+}
+
+func (i *inbox) Accept() (net.Conn, error) {
+	select {
+	case c := <-i.conns:
+		return c, nil
+	case <-i.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (i *inbox) Close() error {
+	i.close()
+	return nil
+}
+
+func (i *inbox) Addr() net.Addr { return inboxAddr{} }
+
+type inboxAddr struct{}
+
+func (inboxAddr) Network() string { return "portal" }
+func (inboxAddr) String() string  { return "this process" }

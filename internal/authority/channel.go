@@ -16,6 +16,9 @@ import (
 // anyone is who may ask an authority: what an identity may have is in the store, or in its ticket.
 func anyone(*identity.Peer) error { return nil }
 
+// idleTime is how long somebody may stay who asks nothing: a client opens a channel for one question.
+const idleTime = 30 * time.Second
+
 // Service is what a link.Server serves on channels of kind authority.
 func (s *Server) Service() link.Service {
 	return link.Service{
@@ -25,6 +28,7 @@ func (s *Server) Service() link.Service {
 			Now: s.Now, Logger: s.Logger,
 		},
 		Accept: s.accept,
+		Idle:   idleTime,
 	}
 }
 
