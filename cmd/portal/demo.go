@@ -24,6 +24,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/store"
 	"github.com/portal-tunnel/portal/outlet"
+	"github.com/portal-tunnel/portal/relay"
 	"github.com/portal-tunnel/portal/routing"
 )
 
@@ -65,11 +66,12 @@ func runDemo(ctx context.Context, s *session, o demoOptions) (err error) {
 		do   func(ctx, run context.Context) error
 	}{
 		{"authority", d.startAuthority},
+		{"relay", d.startRelay},
 		{"outlet", d.startOutlet},
 		{"inlet", d.startInlets},
 		{"alice", d.aliceIsAnswered},
 		{"mallory", d.malloryIsRefused},
-		{"wire", d.wireIsSealed},
+		{"relay", d.relayIsBlind},
 		{"cut", d.cutIsAReset},
 		{"back", d.backAgain},
 	} {
@@ -98,7 +100,9 @@ type demo struct {
 	at        string // where it answers
 	target    net.Listener
 	outlet    *outlet.Server
-	wire      *wire
+	relay     *identity.Self
+	wire      *wire  // in front of the relay
+	stopRelay func() // kills it, and waits
 	alice     *inlet.Server
 	door      string // alice's inlet
 	mallory   *inlet.Server
@@ -149,6 +153,49 @@ func (d *demo) startAuthority(ctx, run context.Context) error {
 	return d.line("%-10s %s  issues credentials", "authority", d.self.ID().Short())
 }
 
+// startRelay starts a relay behind the wire that looks at what it carries.
+func (d *demo) startRelay(ctx, run context.Context) error {
+	h, err := identity.Open(filepath.Join(d.dir, "relay"))
+	if err != nil {
+		return err
+	}
+	if d.relay, err = h.Self(); err != nil {
+		return err
+	}
+	ln, err := d.listen(ctx)
+	if err != nil {
+		return err
+	}
+	d.wire = &wire{to: ln.Addr().String(), lanes: make(map[net.Conn]bool)}
+	d.serveRelay(run, ln)
+	front, err := d.listen(ctx)
+	if err != nil {
+		return err
+	}
+	d.all.Go(func() { d.wire.serve(run, front) })
+	d.wire.at = front.Addr().String()
+	return d.line("%-10s %s  %s  passes sealed bytes", "relay", d.wire.at, d.relay.ID().Short())
+}
+
+func (d *demo) serveRelay(run context.Context, ln net.Listener) {
+	node := &routing.Node{Logger: d.log}
+	server := &relay.Server{Node: node, Self: d.relay, Trust: identity.NewTrust(d.self.ID()), Logger: d.log}
+	life, kill := context.WithCancel(run)
+	ended := make(chan struct{})
+	d.all.Go(func() {
+		defer close(ended)
+		server.Serve(life, ln)
+		node.Close()
+	})
+	d.stopRelay = func() {
+		d.wire.cut()
+		kill()
+		<-ended
+	}
+}
+
+func (d *demo) way() identity.Way { return identity.Way{ID: d.relay.ID(), Addr: d.wire.at} }
+
 // enroll makes a member with a home of its own, by a ticket.
 func (d *demo) enroll(ctx context.Context, name string, g authority.Grant) (*member, error) {
 	g.Name, g.Ways = name, []identity.Way{{Addr: d.at}}
@@ -165,7 +212,8 @@ func (d *demo) enroll(ctx context.Context, name string, g authority.Grant) (*mem
 		return nil, err
 	}
 	m := &member{home: h, self: self, trust: identity.NewTrust(d.self.ID()), node: &routing.Node{Logger: d.log}}
-	d.later(func() { m.node.Close() })
+	m.relays = newRelays(m.node, self, m.trust, d.log)
+	d.later(m.close)
 	m.client = &authority.Client{Node: m.node, Self: self, Trust: m.trust, Home: h, Logger: d.log}
 	_, err = m.client.Enroll(ctx, ticket)
 	return m, err
@@ -187,18 +235,8 @@ func (d *demo) startOutlet(ctx, run context.Context) error {
 	d.outlet = &outlet.Server{
 		Node: m.node, Name: demoName, Target: outlet.TCP(d.target.Addr().String()), Self: m.self, Trust: m.trust, Allow: allow, Logger: d.log,
 	}
-	lanes, err := d.listen(ctx)
-	if err != nil {
-		return err
-	}
+	lanes := m.relays.client(d.way()).Listen(demoName, nil)
 	d.all.Go(func() { d.outlet.Serve(run, lanes) })
-	front, err := d.listen(ctx)
-	if err != nil {
-		return err
-	}
-	d.wire = &wire{to: lanes.Addr().String(), lanes: make(map[net.Conn]bool)}
-	d.all.Go(func() { d.wire.serve(run, front) })
-	d.wire.at = front.Addr().String()
 	return d.line("%-10s %s -> %s (a demo service)  allow: %s", "outlet", demoName, d.target.Addr(), demoPolicy)
 }
 
@@ -211,7 +249,7 @@ func (d *demo) startInlets(ctx, run context.Context) error {
 		if err != nil {
 			return err
 		}
-		way := &route{addrs: []string{d.wire.at}}
+		way := &route{relays: []identity.Way{d.way()}}
 		server := way.inlet(demoName, m, d.log)
 		ln, err := d.listen(ctx)
 		if err != nil {
@@ -272,7 +310,7 @@ func (d *demo) aliceIsAnswered(ctx, _ context.Context) error {
 	if err := d.echo(ctx, demoCanary); err != nil {
 		return err
 	}
-	return d.ok("alice", "sent %q and got it back through the outlet", demoCanary)
+	return d.ok("alice", "sent %q and got it back through the relay", demoCanary)
 }
 
 func (d *demo) malloryIsRefused(ctx, _ context.Context) error {
@@ -299,18 +337,18 @@ func (d *demo) malloryIsRefused(ctx, _ context.Context) error {
 	}
 }
 
-func (d *demo) wireIsSealed(context.Context, context.Context) error {
+func (d *demo) relayIsBlind(context.Context, context.Context) error {
 	n, found := d.wire.search([]byte("salary"))
 	if found {
-		return errors.New(`"salary" went over the wire in clear`)
+		return errors.New(`the relay saw "salary" in clear`)
 	}
 	if n == 0 {
-		return errors.New("nothing went over the wire")
+		return errors.New("it carried nothing")
 	}
-	return d.ok("wire", `carried %s bytes; "salary" is nowhere in them`, thousands(n))
+	return d.ok("relay", `carried %s bytes; "salary" is nowhere in them`, thousands(n))
 }
 
-// cutIsAReset cuts the wire in the middle of a download in the way that deceives
+// cutIsAReset kills the relay in the middle of a download, in the way that deceives
 // most tunnels: with a clean end.
 func (d *demo) cutIsAReset(ctx, _ context.Context) error {
 	c, err := d.dial(ctx)
@@ -345,22 +383,27 @@ func (d *demo) cutIsAReset(ctx, _ context.Context) error {
 			if !cut {
 				return fmt.Errorf("reset before the cut: %w", err)
 			}
-			return d.ok("cut", "lane cut in mid-download: alice read an exact prefix (%s bytes), then a reset, not an end of file", thousands(got))
+			return d.ok("cut", "relay killed in mid-download: alice read an exact prefix (%s bytes), then a reset, not an end of file", thousands(got))
 		case err != nil:
 			return err
 		}
 		if got >= first && !cut {
 			cut = true
-			d.wire.cut()
+			d.stopRelay()
 		}
 	}
 }
 
-func (d *demo) backAgain(ctx, _ context.Context) error {
+func (d *demo) backAgain(ctx, run context.Context) error {
+	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", d.wire.to)
+	if err != nil {
+		return err
+	}
+	d.serveRelay(run, ln)
 	if err := d.echo(ctx, demoCanary); err != nil {
 		return err
 	}
-	return d.ok("back", "alice's next connection works, nothing was restarted")
+	return d.ok("back", "relay started again: alice's next connection works, nothing else restarted")
 }
 
 // demoByte is byte n of the download.
@@ -399,8 +442,8 @@ func demoService(ctx context.Context, ln net.Listener) {
 	}
 }
 
-// A wire stands between inlets and outlet, where a relay or the internet would
-// be. It copies bytes, looks at them, and can be cut.
+// A wire stands before the relay and sees what the relay sees. It copies bytes,
+// looks at them, and can be cut.
 type wire struct {
 	at, to string
 

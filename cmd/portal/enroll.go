@@ -65,7 +65,7 @@ func runEnroll(ctx context.Context, s *session, o enrollOptions) error {
 	if e.Already {
 		how = "already enrolled"
 	}
-	s.say("%s as %s; authority %s%s", how, standing(self.ID(), e.Membership, e.Credential), e.Membership.Authority.Short(), by(e.Membership.Ways))
+	s.say("%s as %s%s", how, standing(self.ID(), e.Membership, e.Credential), by(e.Membership))
 	if e.Before != nil && !e.Already {
 		for _, c := range e.Changes() {
 			s.say("  %s: %s, before %s", fromPeer(c.Name), grant(c.After), grant(c.Before))
@@ -92,9 +92,9 @@ func enroll(ctx context.Context, s *session, client *authority.Client, ticket *i
 }
 
 // by is how the authority is reached, as a sentence goes on.
-func by(ways []identity.Way) string {
+func by(m *identity.Membership) string {
 	var direct, relays []string
-	for _, w := range ways {
+	for _, w := range m.Ways {
 		if w.ID.IsZero() {
 			direct = append(direct, w.Addr)
 		} else {
@@ -103,7 +103,7 @@ func by(ways []identity.Way) string {
 	}
 	text := ""
 	if len(direct) > 0 {
-		text += " at " + fromPeer(list(direct))
+		text += "; authority " + m.Authority.Short() + " at " + fromPeer(list(direct))
 	}
 	if len(relays) > 0 {
 		text += "; relay " + fromPeer(list(relays))
