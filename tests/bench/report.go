@@ -131,19 +131,22 @@ func (r *report) table(w io.Writer, values func(*measured) map[string]float64, f
 	t.Flush()
 }
 
-// bars says whether portal's direct way is where it has to be. Beyond them the shape is wrong, not
+// bars says whether portal's ways are where they have to be. Beyond them the shape is wrong, not
 // the tuning.
 func (r *report) bars(w io.Writer) {
-	i := slices.IndexFunc(r.Systems, func(m *measured) bool { return m.Name == "portal, direct" })
-	if i < 0 || len(r.Systems[i].Ratio) == 0 {
-		return
-	}
 	fmt.Fprintln(w)
 	for _, bar := range []struct {
-		figure string
-		most   bool
-		limit  float64
-	}{{"rtt1 p50", true, 1.25}, {"up1", false, 0.50}, {"down1", false, 0.50}} {
+		system, figure string
+		most           bool
+		limit          float64
+	}{
+		{"portal, direct", "rtt1 p50", true, 1.25}, {"portal, direct", "up1", false, 0.50}, {"portal, direct", "down1", false, 0.50},
+		{"portal, one relay", "rtt1 p50", true, 1.60}, {"portal, one relay", "up1", false, 0.40}, {"portal, one relay", "down1", false, 0.40},
+	} {
+		i := slices.IndexFunc(r.Systems, func(m *measured) bool { return m.Name == bar.system })
+		if i < 0 || len(r.Systems[i].Ratio) == 0 {
+			continue
+		}
 		v, ok := r.Systems[i].Ratio[bar.figure]
 		sign, holds := "≥", v >= bar.limit
 		if bar.most {
@@ -153,7 +156,7 @@ func (r *report) bars(w io.Writer) {
 		if ok && holds {
 			verdict = "holds"
 		}
-		fmt.Fprintf(w, "portal, direct: %s %.3f × %s, bar %s %.2f: %s\n", bar.figure, v, yardstick, sign, bar.limit, verdict)
+		fmt.Fprintf(w, "%s: %s %.3f × %s, bar %s %.2f: %s\n", bar.system, bar.figure, v, yardstick, sign, bar.limit, verdict)
 	}
 }
 

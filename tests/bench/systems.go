@@ -30,7 +30,9 @@ var systems = []system{
 	{"copy", "two forwarders, copy", false, func(ctx context.Context, r *rig) (string, error) { return r.forwarders(ctx, "copy") }},
 	{"splice", "two forwarders, splice", false, func(ctx context.Context, r *rig) (string, error) { return r.forwarders(ctx, "splice") }},
 	{"ssh", "ssh -L", true, func(ctx context.Context, r *rig) (string, error) { return r.ssh(ctx) }},
-	{"portal", "portal, direct", false, func(ctx context.Context, r *rig) (string, error) { return r.portal(ctx) }},
+	{"portal", "portal, direct", false, func(ctx context.Context, r *rig) (string, error) { return r.portal(ctx, "direct") }},
+	{"relay", "portal, one relay", false, func(ctx context.Context, r *rig) (string, error) { return r.portal(ctx, "relay") }},
+	{"yamux", "portal, relay, yamux", false, func(ctx context.Context, r *rig) (string, error) { return r.portal(ctx, "yamux") }},
 }
 
 // yardstick is the system whose multiples the others are given in.
@@ -217,20 +219,21 @@ func freePorts(n int) (ports []int, err error) {
 	return ports, nil
 }
 
-// portal starts an authority, an outlet and an inlet, each a process with its own home.
-func (r *rig) portal(ctx context.Context) (string, error) {
+// portal starts an authority, an outlet and an inlet, each a process with its own home:
+// direct, or through a relay that hosts the authority, by either carrier.
+func (r *rig) portal(ctx context.Context, way string) (string, error) {
 	p, err := process.BuildPortal(ctx, r.dir)
 	if err != nil {
 		return "", err
 	}
-	home := func(host string) string { return filepath.Join(r.dir, host) }
+	home := func(host string) string { return filepath.Join(r.dir, way+"-"+host) }
 	start := func(host, pattern string, args ...string) (string, error) {
 		c, err := r.own(p.Start(home(host), args...))
 		if err != nil {
 			return "", err
 		}
 		if host == "inlet" {
-			if _, err := line(ctx, c, `^portal: inlet bench (ready) direct `); err != nil {
+			if _, err := line(ctx, c, `^portal: inlet bench (ready) (?:direct|via) `); err != nil {
 				return "", err
 			}
 		}
@@ -248,16 +251,30 @@ func (r *rig) portal(ctx context.Context) (string, error) {
 		_, err = p.Run(ctx, home(host), "enroll", file)
 		return err
 	}
-	if _, err := start("authority", `^portal: authority (ready) on `, "authority", "--listen", "127.0.0.1:0"); err != nil {
+	authority := []string{"authority", "--listen", "127.0.0.1:0"}
+	if way != "direct" {
+		authority = []string{"relay", "--listen", "127.0.0.1:0", "--authority"}
+	}
+	if _, err := start("authority", `^portal: \w+ (ready) on `, authority...); err != nil {
 		return "", err
 	}
 	if err := errors.Join(enroll("outlet", "--serve", "bench"), enroll("inlet", "--attr", "role=bench")); err != nil {
 		return "", err
 	}
-	outlet, err := start("outlet", `^portal: outlet bench ready on ([^\s;]+)`,
-		"outlet", "bench", "--to", r.server, "--allow", `principal.role == "bench"`, "--listen", "127.0.0.1:0")
+	outlet := []string{"outlet", "bench", "--to", r.server, "--allow", `principal.role == "bench"`}
+	switch way {
+	case "direct":
+		outlet = append(outlet, "--listen", "127.0.0.1:0")
+	case "yamux":
+		outlet = append(outlet, "--carrier", "yamux")
+	}
+	at, err := start("outlet", `^portal: outlet bench ready (?:on|via) ([^\s;]+)`, outlet...)
 	if err != nil {
 		return "", err
 	}
-	return start("inlet", `^portal: inlet bench listening on (127\.0\.0\.1:\d+)`, "inlet", "bench", "--from", "0", "--direct", outlet)
+	inlet := []string{"inlet", "bench", "--from", "0"}
+	if way == "direct" {
+		inlet = append(inlet, "--direct", at)
+	}
+	return start("inlet", `^portal: inlet bench listening on (127\.0\.0\.1:\d+)`, inlet...)
 }
