@@ -369,9 +369,9 @@ func TestWhatStandsOnACredentialEndsWithIt(t *testing.T) {
 					bot, db := w.stranger(), w.stranger()
 					short := 3 * time.Second
 					life := map[bool]time.Duration{true: short, false: time.Hour}
+					began := time.Now().Truncate(time.Millisecond) // as credentials count
 					w.issue(bot, agent, life[whose == "the caller's"])
 					w.issue(db, serves("db"), life[whose == "the outlet's"])
-					began := time.Now()
 					_, ends := lanePair(w, bot, db, carrier)
 					w.isReset(ends[0])
 					if n, err := ends[1].Read(make([]byte, 1)); n != 0 || err == nil {
@@ -483,6 +483,7 @@ func TestARegistrationIsGoneAtOnceAndAfterTwentyFiveSecondsOfSilence(t *testing.
 				}
 				db.Listen("db", nil)
 				w.run(db.Run)
+				w.sleep(time.Second) // so that it is the first who dialled
 				bot := w.client(w.member(agent), nil)
 				w.sleep(time.Second)
 				down = true
