@@ -1,0 +1,58 @@
+package relay
+
+import (
+	"bytes"
+	"testing"
+
+	"github.com/portal-tunnel/portal/identity"
+)
+
+func FuzzOffer(f *testing.F) {
+	f.Add(offer{offerLane, laneID{1}, [32]byte{2}}.append(nil))
+	f.Add(offer{kind: offerCarrier, id: laneID{3}}.append(nil))
+	f.Add([]byte{1})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		o, err := readOffer(bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		if got := o.append(nil); !bytes.Equal(got, b[:offerSize]) {
+			t.Errorf("%x was read from %x", got, b)
+		}
+	})
+}
+
+func FuzzNames(f *testing.F) {
+	f.Add(appendNames([]string{"db", "a/b"}))
+	f.Add(appendNames(nil))
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		names, err := readNames(bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		for _, name := range names {
+			if identity.ValidName(name) != nil {
+				t.Errorf("%q was taken for a name", name)
+			}
+		}
+		if got := appendNames(names); !bytes.HasPrefix(b, got) {
+			t.Errorf("%x was read from %x", got, b)
+		}
+	})
+}
+
+func FuzzHeaderBodies(f *testing.F) {
+	f.Add(registerBody{[16]byte{1}, Yamux}.bytes())
+	f.Add(connectBody(identity.ID{1}))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if r, err := parseRegister(b); err == nil && !bytes.Equal(r.bytes(), b) {
+			t.Errorf("the registration %x was read from %x", r.bytes(), b)
+		}
+		// An identifier of zeros is none: whoever wants nobody says nothing.
+		if want, err := parseConnect(b); err == nil && !want.IsZero() && !bytes.Equal(connectBody(want), b) {
+			t.Errorf("the connect %x was read from %x", connectBody(want), b)
+		}
+	})
+}
