@@ -64,6 +64,7 @@ func (s *Server) begin(l *link.Live, in *stream.Incoming, action string, proof b
 		code, reason := refusal(err)
 		s.log.Warn("a "+action+" is refused", "name", p.name, "peer", l.Peer(), "stream", in.Stream(), "reason", reason)
 		in.Refuse(code, reason)
+		p.met()
 		p.end()
 		return nil
 	}

@@ -165,6 +165,38 @@ func TestAnIdentityHasSixteenLanesOutstanding(t *testing.T) {
 	})
 }
 
+func TestRefusalsTakeNoPlaces(t *testing.T) {
+	in(t, func(w *town) {
+		s, _ := w.relay(func(s *relay.Server) { s.AllowConnect = never(w, "connect") })
+		w.puppet(w.member(serves("db"))).registered("db")
+		p := w.puppet(w.member(agent))
+		for range 20 {
+			if _, err := p.ask(stream.Header{Kind: stream.Connect, Name: "db"}); code(err) != stream.CodeRefused {
+				t.Errorf("%v", err)
+			}
+		}
+		s.SetPolicies(nil, nil, nil)
+		p.offered()
+	})
+}
+
+func TestNamesAreForWhoMayAskForThemNow(t *testing.T) {
+	in(t, func(w *town) {
+		w.relay(nil)
+		w.puppet(w.member(serves("db"))).registered("db")
+		self := w.stranger()
+		w.issue(self, agent, time.Minute)
+		client := w.client(self, nil)
+		if names, err := client.Names(context.Background()); len(names) != 1 || err != nil {
+			t.Errorf("%v, %v", names, err)
+		}
+		w.sleep(2 * time.Minute)
+		if names, _ := client.Names(context.Background()); len(names) != 0 {
+			t.Errorf("after its credential it is told of %v", names)
+		}
+	})
+}
+
 func TestWhoAsksInALoopIsTurnedAway(t *testing.T) {
 	in(t, func(w *town) {
 		w.relay(nil)

@@ -244,7 +244,7 @@ func (p *pool) changedLocked() <-chan struct{} {
 
 // names answers which names there are that the member may ask for.
 func (s *Server) names(l *link.Live, in *stream.Incoming) {
-	m, _ := s.member(l)
+	m, peer := s.member(l)
 	if !s.mayAsk(m) {
 		in.Refuse(stream.CodeBusy, "asked too often")
 		return
@@ -261,11 +261,10 @@ func (s *Server) names(l *link.Live, in *stream.Incoming) {
 		}
 	}
 	s.mu.Unlock()
-	policy, principal := s.policy.Load(), lease.Principal(l.Peer())
 	names = slices.DeleteFunc(names, func(name string) bool {
-		r := request("connect", name)
-		r.Principal, r.PrincipalID = principal, l.Peer().ID().String()
-		return s.rule(l.Peer(), &r) != nil || !policy.Decide(r).Allow
+		held, _, err := s.book.Admit(nil, peer, request("connect", name), nil)
+		held.Release()
+		return err != nil
 	})
 	slices.Sort(names)
 	names = names[:min(len(names), maxNames)]

@@ -86,6 +86,9 @@ func (o relayOptions) plan() (*relayPlan, error) {
 	if o.authority && len(p.trusts) > 0 {
 		return nil, fail(codeUsage, "leave out one of them", "relay: --authority hosts an authority, --trust names one elsewhere")
 	}
+	if (o.authority || len(p.trusts) > 0) && (o.member.ephemeral || o.member.ticket != "") {
+		return nil, fail(codeUsage, "leave them out: such a relay is no member", "relay: --ephemeral and --ticket do not go with --authority or --trust")
+	}
 	if err := atLeast("credential-ttl", o.ttl, authority.MinTTL); err != nil {
 		return nil, err
 	}
