@@ -83,10 +83,15 @@ func (s *Server) enter(m *member) (stream.Code, string) {
 		return stream.CodeBusy, fmt.Sprintf("%d lanes were asked for and not taken", m.outstanding)
 	case m.lanes >= s.Limits.LanesEach:
 		return stream.CodeBusy, fmt.Sprintf("this identity has its %d lanes", m.lanes)
+	case m.foreign() && s.foreign >= max(s.Limits.Lanes/foreignShare, 1):
+		return stream.CodeBusy, "too many who show no credential ask for lanes"
 	case s.lanes >= s.Limits.Lanes:
 		return stream.CodeBusy, fmt.Sprintf("the relay has its %d lanes", s.lanes)
 	}
 	s.lanes++
+	if m.foreign() {
+		s.foreign++
+	}
 	m.lanes++
 	m.outstanding++
 	m.refs++
@@ -108,6 +113,9 @@ func (p *passage) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.member.lanes--
+	if p.member.foreign() {
+		s.foreign--
+	}
 	s.dropLocked(p.member)
 	if s.lanes--; s.lanes == 0 && s.idle != nil {
 		close(s.idle)

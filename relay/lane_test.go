@@ -180,6 +180,28 @@ func TestRefusalsTakeNoPlaces(t *testing.T) {
 	})
 }
 
+func TestStrangersDoNotTakeTheLanesOfMembers(t *testing.T) {
+	in(t, func(w *town) {
+		w.relay(func(s *relay.Server) { s.Limits.Lanes = 64 })
+		w.puppet(w.authority).registered(relay.AuthorityName)
+		w.puppet(w.member(serves("db"))).registered("db")
+		id := w.authority.ID()
+		busy := 0
+		for range 8 {
+			stranger := w.puppet(w.stranger())
+			for range 8 {
+				if _, err := stranger.ask(stream.Header{Kind: stream.Connect, Name: relay.AuthorityName, Body: id[:]}); code(err) == stream.CodeBusy {
+					busy++
+				}
+			}
+		}
+		if busy != 64-64/8 {
+			t.Errorf("%d of 64 strangers' questions were turned away", busy)
+		}
+		w.puppet(w.member(agent)).offered()
+	})
+}
+
 func TestNamesAreForWhoMayAskForThemNow(t *testing.T) {
 	in(t, func(w *town) {
 		w.relay(nil)

@@ -22,6 +22,7 @@ const (
 	registerWait        = 50 * time.Millisecond
 	longestRegisterWait = 5 * time.Second
 	refusedWait         = 30 * time.Second
+	steadyFor           = 5 * time.Second // a hold that was shorter is as good as none
 	// dialBacks bounds the lanes that are being opened at once.
 	dialBacks = 64
 )
@@ -120,14 +121,14 @@ func (l *Listener) run(ctx context.Context) {
 	wait := registerWait
 	for ctx.Err() == nil {
 		live, err := l.client.keeper.Get(ctx)
-		held := false
+		held, begin := false, time.Now()
 		if err == nil {
 			held, err = l.register(ctx, live, &lanes)
 		}
 		if ctx.Err() != nil {
 			return
 		}
-		if held {
+		if held && time.Since(begin) >= steadyFor {
 			wait = registerWait
 		}
 		state := link.State{Kind: link.Waiting, Reason: err.Error(), Err: err, Next: wait/2 + rand.N(wait)}
@@ -185,11 +186,12 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 			return false, c.failed("carrying", l.name, err)
 		}
 		open = func(ctx context.Context, o offer) (net.Conn, error) { return carriedLane(ctx, session, live, o) }
-		// Lanes outlive the registration: the relay ends the carrier behind the last.
-		lanes.Go(func() {
+		// Lanes outlive the registration and the listener: the relay ends the carrier
+		// behind the last, the end of Run at the latest.
+		c.all.Go(func() {
 			select {
 			case <-session.CloseChan():
-			case <-ctx.Done():
+			case <-c.ctx.Done():
 				session.Close()
 			}
 		})

@@ -30,6 +30,9 @@ type member struct {
 	askedAt                           time.Time
 }
 
+// foreign says that it has shown no credential.
+func (m *member) foreign() bool { return m.key.authority.IsZero() }
+
 // control is one control channel's tie to its member.
 type control struct {
 	member *member

@@ -46,6 +46,11 @@ type Limits struct {
 	Link          link.Limits
 }
 
+// foreignShare is the part of all lanes that those may have who show no credential:
+// anybody can make identities, and all that they may ask for is an authority, which
+// answers in a moment.
+const foreignShare = 8
+
 const (
 	defaultLanes         = 8192
 	defaultLanesEach     = 2048
@@ -99,6 +104,7 @@ type Server struct {
 	members  map[memberKey]*member
 	controls map[*link.Live]*control
 	lanes    int           // asked for and not over
+	foreign  int           // of them, those of whoever has shown no credential
 	idle     chan struct{} // closed when lanes became 0; nil: nobody waits
 
 	carried atomic.Int64 // bytes

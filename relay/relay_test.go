@@ -498,6 +498,37 @@ func TestARegistrationIsGoneAtOnceAndAfterTwentyFiveSecondsOfSilence(t *testing.
 	}
 }
 
+func TestLanesLiveOnWhenTheNameIsGivenBack(t *testing.T) {
+	for _, carrier := range carriers {
+		t.Run(carrier.String(), func(t *testing.T) {
+			with(t, carrier, func(w *town) {
+				s, _ := w.relay(nil)
+				db := &relay.Client{Addr: relayAddr, Dial: w.net.Dial, Node: w.node(), Self: w.member(serves("db")), Trust: w.trust(), Carrier: carrier}
+				ln := db.Listen("db", nil)
+				w.run(db.Run)
+				got := make(chan net.Conn, 1)
+				go func() {
+					c, _ := ln.Accept()
+					got <- c
+				}()
+				near, err := w.client(w.member(agent), nil).Lane(context.Background(), "db", identity.ID{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				ends := [2]net.Conn{near, <-got}
+				w.passes(ends)
+				ln.Close()
+				w.until("the name is gone", func() bool { return s.Registrations("db") == 0 })
+				w.passes(ends)
+				for _, c := range ends {
+					stream.Abort(c)
+				}
+				w.until("no lane is left", func() bool { return s.Lanes() == 0 })
+			})
+		})
+	}
+}
+
 func TestAProcessThatComesBackReplacesItself(t *testing.T) {
 	in(t, func(w *town) {
 		s, _ := w.relay(nil)

@@ -44,6 +44,7 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 	if err != nil {
 		return err
 	}
+	through = distinct(through)
 	ports, err := parseListens("listen", o.listen, false)
 	if err != nil {
 		return err

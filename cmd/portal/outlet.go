@@ -48,6 +48,12 @@ type outletPlan struct {
 // reachable says by which relays, as a member of m's authority; m is nil when this
 // home is none's.
 func (p *outletPlan) reachable(m *member) error {
+	if m != nil {
+		for i, w := range p.relays {
+			p.relays[i] = m.pinned(w)
+		}
+		p.relays = distinct(p.relays)
+	}
 	if len(p.ports)+len(p.relays) > 0 {
 		return nil
 	}

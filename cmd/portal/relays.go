@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 
 	"github.com/portal-tunnel/portal/identity"
@@ -77,4 +78,15 @@ func relayAddresses(flag string, texts []string, pin bool) ([]identity.Way, erro
 		ways = append(ways, identity.Way{ID: id, Addr: addr})
 	}
 	return ways, nil
+}
+
+// distinct are the ways without those that occur twice, once what the membership
+// knows of them has been added.
+func distinct(ways []identity.Way) (out []identity.Way) {
+	for _, w := range ways {
+		if !slices.Contains(out, w) {
+			out = append(out, w)
+		}
+	}
+	return out
 }
