@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"time"
 
@@ -86,8 +87,10 @@ func (c *carried) Close() error {
 // registration, as lanes do, until the last of them is over.
 type carrier struct {
 	server  *Server
+	conn    net.Conn // under session
 	session *yamux.Session
-	lanes   int  // under the server's lock, as retired
+	lanes   int  // under the server's lock, as owed and retired
+	owed    int  // lanes that were offered and have not come as streams
 	retired bool // no more will come
 }
 
@@ -108,7 +111,7 @@ func (r *registration) attach(ctx context.Context) error {
 		stream.Abort(conn)
 		return err
 	}
-	r.carrier = &carrier{server: s, session: session}
+	r.carrier = &carrier{server: s, conn: conn, session: session}
 	s.all.Go(func() {
 		defer context.AfterFunc(s.stop, func() { session.Close() })()
 		for {
@@ -129,19 +132,31 @@ func (c *carrier) retire() {
 	empty := c.lanes == 0
 	c.server.mu.Unlock()
 	if empty {
-		c.session.Close()
+		c.close()
 	}
 }
 
-// take counts a lane in; give counts it out.
-func (c *carrier) take() bool {
+// offered is told before an offer that a stream of this carrier will answer.
+func (c *carrier) offered() {
+	c.server.mu.Lock()
+	c.owed++
+	c.server.mu.Unlock()
+}
+
+// take counts a lane in; give counts it out. A stream that nothing was offered for
+// is none of an honest outlet's, and holds a window: the carrier ends.
+func (c *carrier) take() (honest, room bool) {
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
+	if c.owed == 0 {
+		return false, false
+	}
+	c.owed--
 	if c.retired || c.lanes >= carrierLanes {
-		return false
+		return true, false
 	}
 	c.lanes++
-	return true
+	return true, true
 }
 
 func (c *carrier) give() {
@@ -150,13 +165,24 @@ func (c *carrier) give() {
 	last := c.retired && c.lanes == 0
 	c.server.mu.Unlock()
 	if last {
-		c.session.Close()
+		c.close()
 	}
+}
+
+// close ends a carrier without lanes as TCP ends: what its last lane wrote is
+// delivered.
+func (c *carrier) close() {
+	disarm(c.conn)
+	c.session.Close()
 }
 
 // lane takes one stream of the carrier, which shows the id of a lane.
 func (r *registration) lane(y *yamux.Stream) {
-	if !r.carrier.take() {
+	switch honest, room := r.carrier.take(); {
+	case !honest:
+		r.carrier.session.Close()
+		return
+	case !room:
 		y.Close()
 		return
 	}
@@ -165,6 +191,7 @@ func (r *registration) lane(y *yamux.Stream) {
 	p, err := channel.ReadPreface(c)
 	if err != nil || p.Kind != channel.KindLane {
 		c.Close()
+		r.carrier.session.Close()
 		return
 	}
 	c.SetReadDeadline(time.Time{})

@@ -148,6 +148,9 @@ func (r *registration) tell(o offer) error {
 
 // summon has the outlet open its side of a lane.
 func (r *registration) summon(ctx context.Context, key [32]byte) (net.Conn, error) {
+	if r.carrier != nil {
+		r.carrier.offered()
+	}
 	e := r.server.expect(channel.KindLane)
 	if err := r.tell(offer{offerLane, e.id, key}); err != nil {
 		e.forget()

@@ -10,6 +10,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/yamux"
+
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
@@ -527,6 +529,38 @@ func TestLanesLiveOnWhenTheNameIsGivenBack(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestACarrierWithStreamsThatWereNotOfferedEnds(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		w.relay(nil)
+		p := w.puppet(w.member(serves("db")))
+		c, err := p.ask(stream.Header{Kind: stream.Register, Name: "db", Body: append(make([]byte, 16), 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 49)
+		if _, err := io.ReadFull(c, b); err != nil || b[0] != 2 {
+			t.Fatalf("%x, %v", b, err)
+		}
+		conn := w.show(channel.Carrier, [16]byte(b[1:17]))
+		config := yamux.DefaultConfig()
+		config.LogOutput = io.Discard
+		session, err := yamux.Client(conn, config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if y, err := session.OpenStream(); err == nil {
+			y.Write(make([]byte, 1000))
+		}
+		select {
+		case <-session.CloseChan():
+		case <-time.After(10 * time.Second):
+			t.Error("it goes on")
+		}
+		session.Close()
+		c.Reset(stream.CodeLocal, "")
+	})
 }
 
 func TestAProcessThatComesBackReplacesItself(t *testing.T) {
