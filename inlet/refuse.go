@@ -153,7 +153,7 @@ func refuseHTTP(c net.Conn, v verdict) error {
 	if err != nil {
 		return fmt.Errorf("writing the answer: %w", err)
 	}
-	disarm(c)
+	stream.Disarm(c)
 	defer c.Close()
 	if w, ok := c.(interface{ CloseWrite() error }); ok {
 		w.CloseWrite()
@@ -162,11 +162,4 @@ func refuseHTTP(c net.Conn, v verdict) error {
 		io.CopyN(io.Discard, c, 1<<20)
 	}
 	return nil
-}
-
-// disarm lets a client that has been told see an end.
-func disarm(c net.Conn) {
-	if t, ok := c.(interface{ SetLinger(int) error }); ok {
-		t.SetLinger(-1)
-	}
 }

@@ -172,7 +172,7 @@ func (c *carrier) give() {
 // close ends a carrier without lanes as TCP ends: what its last lane wrote is
 // delivered.
 func (c *carrier) close() {
-	disarm(c.conn)
+	stream.Disarm(c.conn)
 	c.session.Close()
 }
 

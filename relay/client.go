@@ -127,21 +127,6 @@ func (c *Client) State() link.State {
 	return c.keeper.State()
 }
 
-// Kick makes a client that waits try at once.
-func (c *Client) Kick() {
-	c.init()
-	c.keeper.Kick()
-}
-
-// RTT is the control channel's round trip, 0 while there is none.
-func (c *Client) RTT() time.Duration {
-	c.init()
-	if l := c.keeper.Live(); l != nil {
-		return l.End.RTT()
-	}
-	return 0
-}
-
 func (c *Client) failed(what, name string, err error) error {
 	return fmt.Errorf("%s %s by relay %s: %w", what, name, c.Addr, err)
 }
@@ -247,13 +232,4 @@ func (c *Client) Names(ctx context.Context) ([]string, error) {
 		}
 	}
 	return nil, fmt.Errorf("asking relay %s for names: %w", c.Addr, err)
-}
-
-// Peer is who the relay has proved to be; nil while there is no control channel.
-func (c *Client) Peer() *identity.Peer {
-	c.init()
-	if l := c.keeper.Live(); l != nil {
-		return l.Peer()
-	}
-	return nil
 }

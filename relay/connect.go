@@ -230,7 +230,7 @@ func (p *passage) remote(key poolKey, want identity.ID, brief bool) {
 		defer cancel()
 	}
 	s.log.Info("a lane is joined", "name", p.name, "caller", p.asker.Peer(), "outlet", far.member.key.id)
-	err = s.join(ctx, caller, other)
+	err = join(ctx, caller, other)
 	s.log.Info("a lane has ended", "name", p.name, "caller", p.asker.Peer(), "reason", err)
 }
 
@@ -274,7 +274,7 @@ func (s *Server) next(l *link.Live, in *stream.Incoming) {
 			p.failed("the caller", err)
 			return
 		}
-		s.join(p.ctx, caller, other)
+		join(p.ctx, caller, other)
 	})
 }
 

@@ -20,7 +20,7 @@ const lingerTime = 5 * time.Second
 // connections. An end of file on one side is passed on behind what was read; an
 // error on one is a reset on both. Between two sockets the kernel moves the bytes
 // (splice, by net.TCPConn's ReadFrom) and nothing of them is held here.
-func (s *Server) join(ctx context.Context, a, b net.Conn) (err error) {
+func join(ctx context.Context, a, b net.Conn) (err error) {
 	cut := sync.OnceFunc(func() {
 		stream.Abort(a)
 		stream.Abort(b)
@@ -29,8 +29,7 @@ func (s *Server) join(ctx context.Context, a, b net.Conn) (err error) {
 	defer stop()
 	errs := make(chan error, 2)
 	pass := func(to, from net.Conn) {
-		n, err := io.Copy(to, from)
-		s.carried.Add(n)
+		_, err := io.Copy(to, from)
 		if err == nil {
 			err = closeWrite(to)
 		}
@@ -54,7 +53,7 @@ func (s *Server) join(ctx context.Context, a, b net.Conn) (err error) {
 		return err
 	}
 	for _, c := range []net.Conn{a, b} {
-		disarm(c)
+		stream.Disarm(c)
 		c.Close()
 	}
 	return nil
@@ -66,11 +65,4 @@ func closeWrite(c net.Conn) error {
 		return errors.New("a lane's connection cannot end one direction")
 	}
 	return w.CloseWrite()
-}
-
-// disarm lets a socket end as TCP ends.
-func disarm(c net.Conn) {
-	if t, ok := c.(interface{ SetLinger(int) error }); ok {
-		t.SetLinger(-1)
-	}
 }

@@ -106,8 +106,6 @@ type Server struct {
 	lanes    int           // asked for and not over
 	foreign  int           // of them, those of whoever has shown no credential
 	idle     chan struct{} // closed when lanes became 0; nil: nobody waits
-
-	carried atomic.Int64 // bytes
 }
 
 func (s *Server) init() {
@@ -207,9 +205,6 @@ func (s *Server) Lanes() int {
 	defer s.mu.Unlock()
 	return s.lanes
 }
-
-// Carried is the number of sealed bytes of the lanes that have ended.
-func (s *Server) Carried() int64 { return s.carried.Load() }
 
 // SetPolicies replaces the policies. Every registration and every lane is decided
 // again at once.

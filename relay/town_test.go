@@ -164,7 +164,13 @@ func (w *town) relayAt(addr string, change func(*relay.Server)) (s *relay.Server
 		change(s)
 	}
 	ln := w.listen(addr)
-	return s, w.run(func(ctx context.Context) error { return s.Serve(ctx, ln) })
+	return s, w.run(func(ctx context.Context) error {
+		err := s.Serve(ctx, ln)
+		if n := s.Held(); n != 0 {
+			w.Errorf("the relay at %s has ended and keeps %d things", addr, n)
+		}
+		return err
+	})
 }
 
 // client keeps a control channel to the relay for self.

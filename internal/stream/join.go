@@ -35,8 +35,8 @@ func Abort(c net.Conn) {
 	c.Close()
 }
 
-// disarm lets a socket end as TCP ends; only after both directions have.
-func disarm(c net.Conn) {
+// Disarm lets a socket end as TCP ends; only after both directions have.
+func Disarm(c net.Conn) {
 	if t, ok := c.(interface{ SetLinger(int) error }); ok {
 		t.SetLinger(-1)
 	}
@@ -91,7 +91,7 @@ func (c *Conn) Join(l net.Conn) error {
 		c.local.aborts.Wait()
 		return why
 	}
-	disarm(l)
+	Disarm(l)
 	l.Close()
 	return nil
 }
