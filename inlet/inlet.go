@@ -204,11 +204,12 @@ func ask(ctx context.Context, l *link.Live, kind stream.HeaderKind, name string)
 
 // Probe is what a ping found.
 type Probe struct {
-	Path   string
-	Peer   *identity.Peer
-	RTT    time.Duration // of the channel
-	Answer time.Duration // of the outlet's decision
-	Target time.Duration // of its dial; 0 when it was not asked for
+	Path      string
+	Peer      *identity.Peer
+	Handshake time.Duration // of the channel, on its lane
+	RTT       time.Duration // of the channel
+	Answer    time.Duration // of the outlet's decision
+	Target    time.Duration // of its dial; 0 when it was not asked for
 }
 
 // Probe asks the outlet for its decision, and to dial its target too.
@@ -218,14 +219,17 @@ func (s *Server) Probe(ctx context.Context, target bool) (Probe, error) {
 	if err != nil {
 		return Probe{}, err
 	}
-	p := Probe{Path: l.Path, Peer: l.Peer()}
+	p := Probe{Path: l.Path, Peer: l.Peer(), Handshake: l.Took}
+	if p.RTT, err = l.End.Measure(ctx); err != nil {
+		return p, err
+	}
 	begin := time.Now()
 	if err := ask(ctx, l, stream.Probe, s.Name); err != nil {
 		return p, err
 	}
-	p.Answer, p.RTT = time.Since(begin), l.End.RTT()
+	p.Answer = time.Since(begin)
 	if target {
-		begin = time.Now()
+		begin := time.Now()
 		if err := ask(ctx, l, stream.PingTarget, s.Name); err != nil {
 			return p, err
 		}

@@ -212,6 +212,27 @@ func begin(ctx context.Context, conn net.Conn, l *link.Live, o offer) (*channel.
 	return &channel.Lane{Conn: conn, Key: o.key, Leaving: l.Leaving()}, nil
 }
 
+// Probe is what is known of the way to a relay.
+type Probe struct {
+	Peer      *identity.Peer
+	Handshake time.Duration // of the control channel
+	RTT       time.Duration // of the control channel
+}
+
+// Probe measures the control channel.
+func (c *Client) Probe(ctx context.Context) (p Probe, err error) {
+	c.init()
+	l, err := c.keeper.Get(ctx)
+	if err == nil {
+		p.Peer, p.Handshake = l.Peer(), l.Took
+		p.RTT, err = l.End.Measure(ctx)
+	}
+	if err != nil {
+		return p, fmt.Errorf("asking relay %s for a sign of life: %w", c.Addr, err)
+	}
+	return p, nil
+}
+
 // Names asks which names there are that this node may ask for.
 func (c *Client) Names(ctx context.Context) ([]string, error) {
 	c.init()

@@ -70,7 +70,7 @@ func wayFlags() []cli.Flag {
 		&cli.StringSliceFlag{Name: "direct", Usage: "the outlet's --listen, as `[ID@]HOST:PORT`; repeated: alternatives, the fastest first"},
 		&cli.StringFlag{Name: "peer", Usage: "demand the outlet with this `ID`, besides its right to serve the name"},
 		&cli.StringSliceFlag{Name: "relay", Usage: "a relay, as `[ID@]HOST:PORT`, in place of the membership's; repeated: alternatives, the fastest first"},
-		notYetFlag("via"),
+		&cli.StringSliceFlag{Name: "via", Usage: "several relays, one behind another, as `[ID@]HOST:PORT,[ID@]NAME…`: NAME is in the --next of the one before; repeated: alternatives"},
 	}
 }
 
@@ -155,7 +155,7 @@ func newApp(s *session) *cli.App {
 							&cli.IntFlag{Name: "uses", Value: 1, Usage: "redeemable by `N` identities"},
 							&cli.StringFlag{Name: "out", Usage: "write it to `FILE` (0600) in place of stdout"},
 							&cli.StringSliceFlag{Name: "advertise", Usage: "`HOST:PORT` of the authority, in place of its own"},
-							notYetFlag("relay"),
+							&cli.StringSliceFlag{Name: "relay", Usage: "a relay to the authority, as `ID@HOST:PORT`, in place of its own ways; repeated: several"},
 						},
 						Action: s.once(0, 0, func(ctx context.Context, c *cli.Context) error {
 							return createTicket(ctx, s, ticketOptions{
@@ -168,6 +168,7 @@ func newApp(s *session) *cli.App {
 								uses:      c.Int("uses"),
 								out:       c.String("out"),
 								advertise: c.StringSlice("advertise"),
+								through:   c.StringSlice("relay"),
 							})
 						}),
 					},
@@ -327,25 +328,40 @@ func newApp(s *session) *cli.App {
 				}),
 			},
 			{
-				Name: "ping", Usage: "ask an outlet whether this member may come in, and how long it takes", ArgsUsage: "NAME", Category: "Tunnel",
+				Name: "ping", Usage: "ask an outlet whether this member may come in, and how long it takes hop by hop", ArgsUsage: "NAME", Category: "Tunnel",
 				Flags: slices.Concat(wayFlags(), []cli.Flag{
 					&cli.BoolFlag{Name: "target", Usage: "have the outlet dial its target as well"},
 					// Longer than an outlet dials, so that it can say that its target is silent.
 					&cli.DurationFlag{Name: "timeout", Value: 15 * time.Second, Usage: "give up after `TIME`"},
 				}, membershipFlags()),
-				Action: s.once(1, 1, func(ctx context.Context, c *cli.Context) error {
-					return runPing(ctx, s, pingOptions{
-						member:  memberFlags(c),
-						way:     wayOf(c),
-						name:    c.Args().First(),
-						target:  c.Bool("target"),
-						timeout: c.Duration("timeout"),
-					})
+				Action: s.once(1, 1, func(ctx context.Context, c *cli.Context) error { return runPing(ctx, s, pingFlags(c)) }),
+			},
+			{
+				Name: "wait", Usage: "return when an outlet lets this member in: for scripts", ArgsUsage: "NAME", Category: "Tunnel",
+				Description: "portal wait orders-db --timeout 1m && psql -h localhost -p 15432\n" +
+					"Exit status: 0 it does, 3 refused, 4 not in time.",
+				Flags: slices.Concat(wayFlags(), []cli.Flag{
+					&cli.BoolFlag{Name: "target", Usage: "wait until its target answers as well"},
+					&cli.DurationFlag{Name: "timeout", Value: 30 * time.Second, Usage: "give up after `TIME`"},
+				}, membershipFlags()),
+				Action: s.once(1, 1, func(ctx context.Context, c *cli.Context) error { return runWait(ctx, s, pingFlags(c)) }),
+			},
+			{
+				Name: "names", Usage: "which names are served that this member may ask for", Category: "Tunnel",
+				Description: "Asks the relays of the membership, or of --relay and --via. A relay knows who may ask for a name;\n" +
+					"whether the outlet lets this member in, `portal ping NAME` finds out.",
+				Flags: slices.Concat([]cli.Flag{
+					&cli.StringSliceFlag{Name: "relay", Usage: "a relay, as `[ID@]HOST:PORT`, in place of the membership's; repeated: all of them"},
+					&cli.StringSliceFlag{Name: "via", Usage: "a relay behind others, as `[ID@]HOST:PORT,[ID@]NAME…`; repeated: all of them"},
+					&cli.DurationFlag{Name: "timeout", Value: 15 * time.Second, Usage: "give up after `TIME`"},
+				}, membershipFlags()),
+				Action: s.once(0, 0, func(ctx context.Context, c *cli.Context) error {
+					return runNames(ctx, s, namesOptions{member: memberFlags(c), way: wayOf(c), timeout: c.Duration("timeout")})
 				}),
 			},
 		},
 	}
-	for _, name := range []string{"connect", "up", "check", "status", "wait", "names", "doctor",
+	for _, name := range []string{"connect", "up", "check", "status", "doctor",
 		"member", "policy", "audit", "mailbox", "send", "call", "completion"} {
 		app.Commands = append(app.Commands, notYetCommand(name))
 	}

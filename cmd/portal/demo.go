@@ -249,7 +249,7 @@ func (d *demo) startInlets(ctx, run context.Context) error {
 		if err != nil {
 			return err
 		}
-		way := &route{relays: []identity.Way{d.way()}}
+		way := &route{relays: []hops{{d.way()}}}
 		server := way.inlet(demoName, m, d.log)
 		ln, err := d.listen(ctx)
 		if err != nil {

@@ -4,17 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"net"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
-	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/link"
-	"github.com/urfave/cli/v2"
 )
 
 type inletOptions struct {
@@ -150,127 +145,4 @@ func (t *teller) inlet(state inlet.State) {
 	case link.Waiting:
 		t.waiting(state.Err, state.Next)
 	}
-}
-
-// wayOptions say how to reach an outlet.
-type wayOptions struct {
-	direct []string
-	relay  []string
-	peer   string
-}
-
-func wayOf(c *cli.Context) wayOptions {
-	return wayOptions{direct: c.StringSlice("direct"), relay: c.StringSlice("relay"), peer: c.String("peer")}
-}
-
-// A route is the ways to an outlet, checked, and the identity it must have;
-// zero: any that may serve the name.
-type route struct {
-	command, name string
-	addrs         []string       // direct
-	relays        []identity.Way // none of either: those of the membership
-	pin           identity.ID
-}
-
-// known says how the outlet is reached, as a member of m's authority; m is nil when
-// this home is none's.
-func (r *route) known(m *member) error {
-	if len(r.addrs)+len(r.relays) > 0 {
-		return nil
-	}
-	if m != nil {
-		r.relays = m.relayWays()
-	}
-	if len(r.relays) == 0 {
-		return fail(codeUsage, "--direct HOST:PORT, the --listen of `portal outlet "+r.name+"`, or --relay ID@HOST:PORT",
-			"%s %s: nothing says how to reach the outlet", r.command, r.name)
-	}
-	return nil
-}
-
-// memberFor opens the home, and finds the ways that the line does not give in it.
-func (s *session) memberFor(r *route, o memberOptions) (*member, error) {
-	m, err := s.member(o)
-	if err != nil {
-		if way := r.known(nil); way != nil {
-			return nil, way
-		}
-		return nil, err
-	}
-	if err := r.known(m); err != nil {
-		m.close()
-		return nil, err
-	}
-	return m, nil
-}
-
-func (o wayOptions) plan(command, name string) (*route, error) {
-	r := &route{command: command, name: name}
-	if o.peer != "" {
-		id, err := parsePin(o.peer)
-		if err != nil {
-			return nil, fail(codeUsage, "`portal identity show` on the outlet's host prints it", "--peer: %w", err)
-		}
-		r.pin = id
-	}
-	var err error
-	if r.relays, err = relayAddresses("relay", o.relay, false); err != nil {
-		return nil, err
-	}
-	for _, text := range o.direct {
-		id, addr, err := pinned(text)
-		if err != nil {
-			return nil, fmt.Errorf("--direct: %w", err)
-		}
-		if !id.IsZero() {
-			if !r.pin.IsZero() && r.pin != id {
-				return nil, fail(codePin, causes[codePin][1], "--direct %s: %s is demanded elsewhere on the line", plain(text), r.pin)
-			}
-			r.pin = id
-		}
-		r.addrs = append(r.addrs, addr)
-	}
-	return r, nil
-}
-
-// inlet is the way's end on this side.
-func (r *route) inlet(name string, m *member, log *slog.Logger) *inlet.Server {
-	server := &inlet.Server{Node: m.node, Name: name, Self: m.self, Trust: m.trust, Fresh: m.client.Fresh, Pin: r.pin, Logger: log}
-	for _, addr := range r.addrs {
-		server.Paths = append(server.Paths, inlet.Path{Name: "direct " + addr, Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", addr)
-		}})
-	}
-	for _, w := range r.relays {
-		client := m.relays.client(m.pinned(w))
-		server.Paths = append(server.Paths, inlet.Path{Name: "via " + w.Addr, Dial: func(ctx context.Context) (net.Conn, error) {
-			return client.Lane(ctx, name, r.pin)
-		}})
-	}
-	return server
-}
-
-// pinned reads [ID@]HOST:PORT.
-func pinned(text string) (identity.ID, string, error) {
-	id, addr, ok := strings.Cut(text, "@")
-	if !ok {
-		addr, err := dialAddress(text)
-		return identity.ID{}, addr, err
-	}
-	pin, err := parsePin(id)
-	if err != nil {
-		return pin, "", fail(codeAddress, "ID@HOST:PORT", "%q: %w", plain(text), err)
-	}
-	addr, err = dialAddress(addr)
-	return pin, addr, err
-}
-
-// parsePin reads an identifier that is demanded. The zero one is no pin
-// elsewhere, so it must not be taken for one here.
-func parsePin(text string) (identity.ID, error) {
-	id, err := identity.ParseID(text)
-	if err == nil && id.IsZero() {
-		err = errors.New("nobody has the identifier zero")
-	}
-	return id, err
 }

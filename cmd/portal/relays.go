@@ -23,29 +23,40 @@ type relays struct {
 	carrier relay.Carrier // set before the first is asked for
 
 	mu      sync.Mutex
-	clients map[identity.Way]*relay.Client
+	clients map[string]*relay.Client // by hops.key
 	ctx     context.Context
 	cancel  context.CancelFunc
 	all     sync.WaitGroup
 }
 
 func newRelays(node *routing.Node, self *identity.Self, trust *identity.Trust, log *slog.Logger) *relays {
-	r := &relays{node: node, self: self, trust: trust, log: log, clients: make(map[identity.Way]*relay.Client)}
+	r := &relays{node: node, self: self, trust: trust, log: log, clients: make(map[string]*relay.Client)}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }
 
-// client is this process's end of the relay at w. It does not renew before it
-// dials: the way to the authority may lead through it.
-func (r *relays) client(w identity.Way) *relay.Client {
+// client is this process's end of the relay at w.
+func (r *relays) client(w identity.Way) *relay.Client { return r.through(hops{w}) }
+
+// through is this process's end of the last relay of h, behind those before it. It
+// does not renew before it dials: the way to the authority may lead through it.
+func (r *relays) through(h hops) *relay.Client {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c := r.clients[w]
-	if c == nil {
-		c = &relay.Client{ID: w.ID, Addr: w.Addr, Node: r.node, Self: r.self, Trust: r.trust, Carrier: r.carrier, Logger: r.log}
-		r.clients[w] = c
-		r.all.Go(func() { c.Run(r.ctx) })
+	return r.throughLocked(h)
+}
+
+func (r *relays) throughLocked(h hops) *relay.Client {
+	if c := r.clients[h.key()]; c != nil {
+		return c
 	}
+	last := h[len(h)-1]
+	c := &relay.Client{ID: last.ID, Addr: last.Addr, Node: r.node, Self: r.self, Trust: r.trust, Carrier: r.carrier, Logger: r.log}
+	if before := h[:len(h)-1]; len(before) > 0 {
+		c.Dial = r.throughLocked(before).Hop(last.Addr)
+	}
+	r.clients[h.key()] = c
+	r.all.Go(func() { c.Run(r.ctx) })
 	return c
 }
 

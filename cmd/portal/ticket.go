@@ -28,6 +28,7 @@ type ticketOptions struct {
 	uses      int
 	out       string // a file, 0600, in place of stdout
 	advertise []string
+	through   []string // relays, as ID@HOST:PORT
 }
 
 // createTicket prints one ticket on stdout, alone; what it grants is for
@@ -51,6 +52,11 @@ func createTicket(ctx context.Context, s *session, o ticketOptions) error {
 	if err != nil {
 		return err
 	}
+	through, err := relayAddresses("relay", o.through, true)
+	if err != nil {
+		return err
+	}
+	ways = append(ways, distinct(through)...)
 	if o.ttl < time.Second || o.ttl > authority.MaxTicketTTL {
 		return fail(codeUsage, "", "--ttl %s: from 1s to %s", o.ttl, authority.MaxTicketTTL)
 	}

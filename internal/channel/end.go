@@ -2,6 +2,7 @@ package channel
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -71,8 +72,9 @@ type End struct {
 	opener *routing.Actor
 	in     *records // the lane reader's
 
-	rtt     atomic.Int64 // of the last ping, or of the handshake
-	heard   atomic.Int64 // time since begin when bytes last came in
+	rtt     atomic.Int64                  // of the last ping, or of the handshake
+	heard   atomic.Int64                  // time since begin when bytes last came in
+	asked   atomic.Pointer[chan struct{}] // closed by the next answer to a ping; nil: nobody waits
 	begin   time.Time
 	pinged  time.Duration // the tick's, as the next two
 	wrote   int64         // writes, when they last moved or nothing was owed
@@ -303,6 +305,27 @@ func (e *End) Ping() {
 	e.Control(kindPing, binary.BigEndian.AppendUint64(b, uint64(time.Since(e.begin))))
 }
 
+// Measure measures the round trip now. That of the handshake, which RTT has at
+// first, is longer by what the other end had to do before it could answer.
+func (e *End) Measure(ctx context.Context) (time.Duration, error) {
+	answered := make(chan struct{})
+	for !e.asked.CompareAndSwap(nil, &answered) {
+		if theirs := e.asked.Load(); theirs != nil {
+			answered = *theirs // somebody asks already
+			break
+		}
+	}
+	e.Ping()
+	select {
+	case <-answered:
+		return e.RTT(), nil
+	case <-e.Done():
+		return 0, e.Err()
+	case <-ctx.Done():
+		return 0, fmt.Errorf("measuring the round trip: %w", ctx.Err())
+	}
+}
+
 // Doubt asks the other end for a sign of life and ends the channel with ErrDead
 // when none comes within d: for a machine that slept, where silence may have
 // lasted longer than its clocks say.
@@ -434,6 +457,9 @@ func (e *End) frame(kind uint8, body []byte) (ended bool, err error) {
 		}
 		if d := int64(time.Since(e.begin)) - int64(binary.BigEndian.Uint64(body)); d >= 0 {
 			e.rtt.Store(d)
+			if asked := e.asked.Swap(nil); asked != nil {
+				close(*asked)
+			}
 		}
 		return false, nil
 	case kindCredential:

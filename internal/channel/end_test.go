@@ -430,6 +430,35 @@ func TestPingMeasuresTheRoundTrip(t *testing.T) {
 	})
 }
 
+func TestMeasureWaitsForTheAnswerAndEndsWithTheChannel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newSides(t)
+		x, y := memnet.Pipe(memnet.Link{Latency: 35 * time.Millisecond})
+		reopen(t, a, b, x, y)
+		a.end.rtt.Store(0)
+		var all sync.WaitGroup
+		for range 3 { // one question serves those who ask at the same time
+			all.Go(func() {
+				if d, err := a.end.Measure(t.Context()); d != 70*time.Millisecond || err != nil {
+					t.Errorf("measured %v, %v", d, err)
+				}
+			})
+		}
+		all.Wait()
+		x.Stall()
+		y.Stall()
+		limited, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := a.end.Measure(limited); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("with no answer: %v", err)
+		}
+		if _, err := a.end.Measure(t.Context()); err != ErrDead {
+			t.Errorf("on a dead channel: %v", err)
+		}
+		<-b.ran
+	})
+}
+
 func TestRenewedCredentialTravelsIntoTheOpenChannel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b, _, _ := open(t, memnet.Link{})

@@ -419,11 +419,13 @@ func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
 		leaving = l.Leaving
 	}
 	c := k.Config
+	begin := time.Now()
 	e, err := channel.Initiate(limited, lane, &c)
 	if err != nil {
 		return nil, err
 	}
-	return start(e, &c, true, p.Name, k.Limits, k.Accept, func(l *Live) { l.leaving = leaving }), nil
+	took := time.Since(begin)
+	return start(e, &c, true, p.Name, k.Limits, k.Accept, func(l *Live) { l.leaving, l.Took = leaving, took }), nil
 }
 
 // Kick makes a waiting Keeper try at once.

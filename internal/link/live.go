@@ -11,6 +11,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
@@ -22,6 +23,9 @@ type Live struct {
 	End  *channel.End
 	Mux  *stream.Mux
 	Path string // how it was reached, or from where it came
+	// Took is how long the handshake lasted, on a lane that was there: with what the
+	// other end had to do before it could answer, such as coming for the lane.
+	Took time.Duration
 
 	away    chan struct{}   // closed when the other end is going away
 	leaving <-chan struct{} // closed when the lane's carrier is; nil: never
