@@ -78,6 +78,7 @@ type Server struct {
 	Require *abac.Policy
 
 	Kind       Kind
+	Hosts      []string      // of HTTP: names in requests, besides those of this host
 	Hold       time.Duration // for connections that come too early; default 5 s
 	MaxStreams int           // at once; default 10,000
 	Now        func() time.Time
@@ -90,6 +91,8 @@ type Server struct {
 	book    demand
 	require atomic.Pointer[abac.Policy]
 	slots   chan struct{}
+	taking  context.Context // until Drain
+	drained context.CancelFunc
 
 	mu       sync.Mutex
 	over     sync.Cond // L is mu: streams became 0
@@ -120,6 +123,7 @@ func (s *Server) init() {
 		s.slots = make(chan struct{}, s.MaxStreams)
 		s.serving = make(map[*listening]struct{})
 		s.over.L = &s.mu
+		s.taking, s.drained = context.WithCancel(context.Background())
 		s.book.server = s
 		s.require.Store(s.Require)
 		s.keeper = link.Keeper{
@@ -346,6 +350,17 @@ func (s *Server) count(streams, waiting int) {
 
 // serve takes one local connection to its end, or resets it when ctx ends.
 func (s *Server) serve(ctx context.Context, c net.Conn) {
+	var g *guard
+	var first []byte // what an HTTP client has sent, with a whole head
+	if s.Kind == HTTP {
+		var err error
+		g = newGuard(s.Hosts)
+		if first, err = s.greet(ctx, c, g); err != nil {
+			s.count(0, -1)
+			s.turnAway(ctx, c, err)
+			return
+		}
+	}
 	held, cancel := context.WithTimeout(ctx, s.Hold)
 	st, err := s.open(held)
 	cancel()
@@ -369,7 +384,14 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 			return
 		}
 	}
-	if err := st.Join(c); err != nil {
+	if len(first) > 0 {
+		st.Write(first) // Join knows why it failed
+	}
+	var check func([]byte) error
+	if g != nil {
+		check = g.check
+	}
+	if err := st.JoinChecked(c, check); err != nil {
 		s.log.Info("a connection was reset", "name", s.Name, "stream", st.ID(), "reason", err)
 	}
 }
@@ -386,6 +408,7 @@ func (s *Server) Streams() int {
 // the outlet included. The end of Run's context does the rest.
 func (s *Server) Drain(ctx context.Context) (left int) {
 	s.init()
+	s.drained()
 	s.mu.Lock()
 	s.draining = true
 	for l := range s.serving {

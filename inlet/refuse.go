@@ -1,7 +1,6 @@
 package inlet
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
@@ -47,12 +47,57 @@ func (s *Server) refuse(ctx context.Context, c net.Conn, err error) {
 	}
 }
 
+// greet reads what an HTTP client sends up to the end of its first head, and shows it
+// to the guard. A client that sends nothing may take its time, until Drain.
+func (s *Server) greet(ctx context.Context, c net.Conn, g *guard) ([]byte, error) {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	end := context.AfterFunc(s.taking, func() { c.Close() }) // whoever has not asked yet
+	defer end()
+	var first []byte
+	for g.heads == 0 {
+		first = slices.Grow(first, 4096)
+		n, err := c.Read(first[len(first):cap(first)])
+		if bad := g.check(first[len(first) : len(first)+n]); bad != nil {
+			return nil, bad
+		}
+		if len(first) == 0 && n > 0 {
+			c.SetReadDeadline(time.Now().Add(headTime))
+		}
+		first = first[:len(first)+n]
+		if err != nil && g.heads == 0 {
+			return nil, &silentError{err}
+		}
+	}
+	c.SetReadDeadline(time.Time{})
+	return first, nil
+}
+
+// silentError is an HTTP client that did not come to ask for anything.
+type silentError struct{ err error }
+
+func (e *silentError) Error() string { return fmt.Sprintf("before a whole request: %v", e.err) }
+func (e *silentError) Unwrap() error { return e.err }
+
+// turnAway ends a connection whose first head did not come, or is not taken.
+func (s *Server) turnAway(ctx context.Context, c net.Conn, err error) {
+	var silent *silentError
+	if errors.As(err, &silent) {
+		stream.Abort(c)
+		return
+	}
+	s.log.Warn("a request is refused", "name", s.Name, "reason", err)
+	s.refuse(ctx, c, err)
+}
+
 // A verdict is what a client is told.
 type verdict struct {
 	code    string // what `portal explain` knows it by
 	refused bool   // it may not come in; else it cannot now
 	text    string // a sentence
 	hint    string // what to do
+
+	malformed bool // it asked for nothing that is understood
 }
 
 // verdict says what an error means to a client: who refuses whom, or what cannot
@@ -62,10 +107,15 @@ func (s *Server) verdict(err error) verdict {
 	var here *channel.Refused
 	var there *channel.Closed
 	var over *identity.ExpiredError
+	var foreign *foreignError
 	var v verdict
 	switch {
+	case errors.As(err, &foreign):
+		return verdict{code: "PORTAL-E0309", refused: true, text: fmt.Sprintf("portal: refused by inlet %s: %v", s.Name, err)}
+	case isMalformed(err):
+		return verdict{code: "PORTAL-E0310", malformed: true, text: fmt.Sprintf("portal: inlet %s takes HTTP/1 requests: %v", s.Name, err)}
 	case errors.Is(err, channel.ErrPin):
-		v = verdict{"PORTAL-E0307", true, "", "Compare the inlet's --peer, or the ID in its --direct, with `portal identity show` on the outlet's host."}
+		v = verdict{code: "PORTAL-E0307", refused: true, hint: "Compare the inlet's --peer, or the ID in its --direct, with `portal identity show` on the outlet's host."}
 		local = true
 	case code == stream.CodeRefused, code == stream.CodeRevoked:
 		v = verdict{code: "PORTAL-E0301", refused: true}
@@ -127,21 +177,20 @@ func streamCode(err error) (code stream.Code, local bool) {
 
 const (
 	refuseTime = 5 * time.Second
-	maxHead    = 64 << 10 // a request's head; what browsers and proxies allow
+	headTime   = 30 * time.Second // from a head's first byte to its last; what servers allow
+	maxHead    = 64 << 10         // a request's head; what browsers and proxies allow
 )
 
-// refuseHTTP answers one request with 403 or 502 and closes in good order. With
-// an error the client has not been told, and c is open.
+// refuseHTTP answers the request whose head was read with 403, 400 or 502 and closes
+// in good order. With an error the client has not been told, and c is open.
 func refuseHTTP(c net.Conn, v verdict) error {
 	c.SetDeadline(time.Now().Add(refuseTime))
-	// The head is read, so that the client is listening when it is answered;
-	// what it asks for does not matter.
-	if _, err := http.ReadRequest(bufio.NewReader(io.LimitReader(c, maxHead))); err != nil {
-		return fmt.Errorf("reading the request: %w", err)
-	}
 	status := http.StatusBadGateway
-	if v.refused {
+	switch {
+	case v.refused:
 		status = http.StatusForbidden
+	case v.malformed:
+		status = http.StatusBadRequest
 	}
 	type message struct {
 		Code    string `json:"code"`

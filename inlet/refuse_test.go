@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgproto3"
@@ -79,6 +80,98 @@ func TestAnHTTPClientIsToldThatTheTargetIsDown(t *testing.T) {
 	}
 }
 
+func TestAPageOfAnotherSiteIsToldNoAndTheServiceSeesNothing(t *testing.T) {
+	var seen atomic.Int32
+	service := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		seen.Add(1)
+		n, _ := io.Copy(io.Discard, r.Body)
+		fmt.Fprint(w, n)
+	})}
+	ln := listen(t)
+	go service.Serve(ln)
+	defer service.Close()
+	h := build(t, outlet.TCP(ln.Addr().String()), "agent", func(_ *outlet.Server, in *inlet.Server) { in.Kind = inlet.HTTP })
+	h.await(t, link.Ready)
+	ask := func(change func(*http.Request)) (status int, body string) {
+		t.Helper()
+		r, err := http.NewRequest("POST", "http://"+h.addr, strings.NewReader(strings.Repeat("x", 3<<20)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(r)
+		client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+		answer, err := client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		b, err := io.ReadAll(answer.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return answer.StatusCode, string(b)
+	}
+	if status, body := ask(func(*http.Request) {}); status != 200 || body != fmt.Sprint(3<<20) {
+		t.Fatalf("%d: %s", status, body)
+	}
+	if status, body := ask(func(r *http.Request) { r.ContentLength = -1 }); status != 200 || body != fmt.Sprint(3<<20) {
+		t.Fatalf("in chunks: %d: %s", status, body)
+	}
+	before := seen.Load()
+	for _, change := range []func(*http.Request){
+		func(r *http.Request) { r.Host = "evil.example" },
+		func(r *http.Request) { r.Header.Set("Origin", "https://evil.example") },
+	} {
+		if status, body := ask(change); status != 403 || !strings.Contains(body, "PORTAL-E0309") {
+			t.Errorf("%d: %s", status, body)
+		}
+	}
+	// On a connection that was fine so far: a reset, before the head is whole over there.
+	c, err := net.Dial("tcp", h.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	in := bufio.NewReader(c)
+	for range 2 {
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+		r, err := http.ReadResponse(in, nil)
+		if err != nil || r.StatusCode != 200 {
+			t.Fatal(r, err)
+		}
+		io.Copy(io.Discard, r.Body)
+	}
+	before = seen.Load()
+	io.WriteString(c, "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+	if _, err := in.ReadByte(); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %v, want a reset", err)
+	}
+	h.stop()
+	if seen.Load() != before {
+		t.Error("the service saw the request")
+	}
+}
+
+func TestAnHTTPClientThatAsksForNothingHoldsNoDrainUp(t *testing.T) {
+	virtual(t, "agent", func(_ *outlet.Server, in *inlet.Server) { in.Kind = inlet.HTTP }, func(s *street) {
+		silent, err := s.net.Dial(s.Context(), "mem", s.addr)
+		if err != nil {
+			s.Fatal(err)
+		}
+		synctest.Wait()
+		if n := s.inlet.Streams(); n != 1 {
+			s.Errorf("%d local connections", n)
+		}
+		if n := s.outlet.Streams(); n != 0 {
+			s.Errorf("%d streams for nothing", n)
+		}
+		if left := s.inlet.Drain(s.Context()); left != 0 {
+			s.Errorf("%d were cut", left)
+		}
+		s.isReset(silent)
+	})
+}
+
 // told is what a client of the kind is told by the inlet at addr: an HTTP status or
 // an SQLSTATE, the code, the sentence and the hint.
 func (s *street) told(kind inlet.Kind) (status, code, text, hint string) {
@@ -89,7 +182,7 @@ func (s *street) told(kind inlet.Kind) (status, code, text, hint string) {
 	}
 	defer c.Close()
 	if kind == inlet.HTTP {
-		io.WriteString(c, "GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
 		r, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
 			s.Fatal(err)
@@ -182,7 +275,10 @@ func TestABusyOutletIsToldAsBusy(t *testing.T) {
 	for kind, status := range map[inlet.Kind]string{inlet.HTTP: "502", inlet.PG: "57P03"} {
 		virtual(t, "agent", func(o *outlet.Server, in *inlet.Server) { o.Limits.Streams, in.Kind = 1, kind }, func(s *street) {
 			s.await(t, link.Ready)
-			other := s.connect()
+			other, err := s.inlet.Dial(s.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
 			if got, code, text, hint := s.told(kind); got != status || code != "PORTAL-E0404" || !strings.HasPrefix(text, "portal: db cannot be reached: busy") {
 				t.Errorf("told %s, %s: %s; %s", got, code, text, hint)
 			}
@@ -214,13 +310,15 @@ func TestAnExpiredCredentialIsToldAsExpired(t *testing.T) {
 func TestAClientThatCannotBeToldIsReset(t *testing.T) {
 	for name, kind := range map[string]inlet.Kind{"pg": inlet.PG, "http": inlet.HTTP} {
 		for what, sends := range map[string]func(c *memnet.Conn){
-			"nothing":                func(*memnet.Conn) {},
 			"only an end":            func(c *memnet.Conn) { c.CloseWrite() },
 			"half a beginning":       func(c *memnet.Conn) { c.Write([]byte{0, 0, 0}); c.CloseWrite() },
 			"half, and then waits":   func(c *memnet.Conn) { c.Write([]byte("GET")) },
 			"what is no beginning":   func(c *memnet.Conn) { c.Write([]byte("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")) },
 			"what is none, and ends": func(c *memnet.Conn) { c.Write([]byte("hello, world\r\n\r\n")); c.CloseWrite() },
 		} {
+			if kind == inlet.HTTP && strings.HasPrefix(what, "what is n") {
+				continue // it is answered
+			}
 			t.Run(name+" "+what, func(t *testing.T) {
 				virtual(t, "guest", func(_ *outlet.Server, in *inlet.Server) { in.Kind = kind }, func(s *street) {
 					s.await(t, link.Refused)
@@ -236,6 +334,26 @@ func TestAClientThatCannotBeToldIsReset(t *testing.T) {
 	}
 }
 
+func TestWhatIsNoHTTPIsAnsweredInHTTP(t *testing.T) {
+	for _, text := range []string{"\x16\x03\x01\x02\x01\x01\x01\xfc\x03\x03\r\n\r\n", "hello, world\r\n\r\n", "GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"} {
+		virtual(t, "agent", func(_ *outlet.Server, in *inlet.Server) { in.Kind = inlet.HTTP }, func(s *street) {
+			s.await(t, link.Ready)
+			c, err := s.net.Dial(s.Context(), "mem", s.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(c, text)
+			if got, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 400 ") || !strings.Contains(string(got), "PORTAL-E0310") {
+				t.Errorf("%q: %q, %v", text, got, err)
+			}
+			if n := s.outlet.Streams(); n != 0 {
+				t.Errorf("%q: %d streams", text, n)
+			}
+			c.Close()
+		})
+	}
+}
+
 // What it sends is a beginning, and its end with it.
 func TestAClientThatHasBeenToldSeesAnEnd(t *testing.T) {
 	for name, test := range map[string]struct {
@@ -243,7 +361,7 @@ func TestAClientThatHasBeenToldSeesAnEnd(t *testing.T) {
 		sends string
 	}{
 		"pg":   {inlet.PG, "\x00\x00\x00\x10\x00\x03\x00\x00user\x00u\x00\x00"},
-		"http": {inlet.HTTP, "GET / HTTP/1.1\r\nHost: db\r\n\r\n"},
+		"http": {inlet.HTTP, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"},
 	} {
 		for _, ends := range []bool{false, true} {
 			t.Run(fmt.Sprint(name, " ends ", ends), func(t *testing.T) {

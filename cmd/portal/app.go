@@ -303,6 +303,7 @@ func newApp(s *session) *cli.App {
 				}, wayFlags(), []cli.Flag{
 					&cli.StringSliceFlag{Name: "require", Usage: "what the outlet must be, besides being allowed to serve NAME: `P` is a Cedar expression or @FILE"},
 					&cli.StringFlag{Name: "kind", Value: "raw", Usage: "`KIND` of the bytes, so that a refusal can be said in them: raw, pg, http"},
+					&cli.StringSliceFlag{Name: "host", Usage: "with --kind http: requests may name the host `NAME`, besides this one's names; repeated: any of them"},
 					&cli.BoolFlag{Name: "unsafe-listen", Usage: "allow --from on every interface: whoever reaches this host may use the inlet"},
 					&cli.StringFlag{Name: "mode", Value: "0600", Usage: "who may open a Unix socket, as octal `MODE`"},
 					&cli.StringFlag{Name: "group", Usage: "the Unix socket's `GROUP`"},
@@ -318,6 +319,7 @@ func newApp(s *session) *cli.App {
 						from:    c.StringSlice("from"),
 						require: c.StringSlice("require"),
 						kind:    c.String("kind"),
+						hosts:   c.StringSlice("host"),
 						unsafe:  c.Bool("unsafe-listen"),
 						mode:    c.String("mode"),
 						group:   c.String("group"),

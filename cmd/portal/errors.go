@@ -67,6 +67,8 @@ const (
 	codeTicketNone   code = 306
 	codeOtherPeer    code = 307
 	codeSkew         code = 308
+	codeForeign      code = 309
+	codeNoRequest    code = 310
 	codeUnreachable  code = 401
 	codeTargetDown   code = 402
 	codeTargetSlow   code = 403
@@ -107,6 +109,8 @@ var causes = map[code][2]string{
 	codeTicketNone:   {"the authority does not know this ticket", "see that it was made on the authority it names"},
 	codeOtherPeer:    {"another identity answered than the one that was demanded", "somebody stands in between, or the peer has a new home: compare with `portal identity show` there"},
 	codeSkew:         {"the clocks of this host and of the authority disagree by more than 60 s", "set the clock"},
+	codeForeign:      {"a request to an inlet of --kind http names another host, or a web page of another site has a browser send it", "use localhost or an address in the URL; --host NAME on the inlet when the name is meant"},
+	codeNoRequest:    {"what was sent to an inlet of --kind http is no HTTP/1 request, or its length can be understood in two ways", "--kind raw passes any bytes"},
 	codeUnreachable:  {"nobody answered at the address", "see that the other side runs, and that the address is right"},
 	codeTargetDown:   {"the outlet's target refused the connection", "start the service behind the outlet"},
 	codeTargetSlow:   {"the outlet's target did not answer in time", "see why the service behind the outlet does not accept"},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/portal-tunnel/portal/abac"
@@ -19,6 +20,7 @@ type inletOptions struct {
 	from    []string
 	require []string
 	kind    string
+	hosts   []string
 	unsafe  bool
 	mode    string
 	group   string
@@ -70,6 +72,15 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	if p.speaks, err = inlet.ParseKind(o.kind); err != nil {
 		return nil, fail(codeUsage, "raw, pg or http", "--kind %q is none", plain(o.kind))
 	}
+	if len(o.hosts) > 0 && p.speaks != inlet.HTTP {
+		return nil, fail(codeUsage, "--kind http", "--host %s: only requests of --kind http name hosts", plain(o.hosts[0]))
+	}
+	for i, host := range o.hosts {
+		if host == "" || strings.ContainsFunc(host, func(r rune) bool { return unprintable(r) || strings.ContainsRune(" /:@", r) }) {
+			return nil, fail(codeUsage, "--host llm.internal: a name without a port", "--host %q is no name", plain(host))
+		}
+		o.hosts[i] = strings.ToLower(host)
+	}
 	if o.streams < 1 {
 		return nil, fail(codeUsage, "", "--max-streams %d: at least 1", o.streams)
 	}
@@ -101,7 +112,7 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	t := s.teller("inlet", o.name)
 	t.listening(addresses(lns))
 	server := p.routes.inlet(o.name, m, s.log)
-	server.Require, server.Kind, server.Hold, server.MaxStreams = p.demand, p.speaks, o.hold, o.streams
+	server.Require, server.Kind, server.Hosts, server.Hold, server.MaxStreams = p.demand, p.speaks, o.hosts, o.hold, o.streams
 	server.OnState = t.inlet
 	return s.supervise(ctx, job{
 		role: "inlet", name: o.name, grace: o.grace,

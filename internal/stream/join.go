@@ -63,7 +63,11 @@ func closeWrite(c net.Conn) error {
 //
 // This goroutine reads the local connection; the lane reader and the stream's
 // actor write it.
-func (c *Conn) Join(l net.Conn) error {
+func (c *Conn) Join(l net.Conn) error { return c.JoinChecked(l, nil) }
+
+// JoinChecked is Join that shows check what the local connection sends, in order,
+// before it goes out: an error resets both sides.
+func (c *Conn) JoinChecked(l net.Conn, check func([]byte) error) error {
 	c.recv.Lock()
 	why := c.why
 	if why == nil && c.closed {
@@ -82,7 +86,7 @@ func (c *Conn) Join(l net.Conn) error {
 	if wake {
 		c.actor.Wake()
 	}
-	c.pump(l)
+	c.pump(l, check)
 	<-c.done
 	c.recv.Lock()
 	why = c.why
@@ -97,8 +101,8 @@ func (c *Conn) Join(l net.Conn) error {
 }
 
 // pump reads the local connection and sends what it reads, until its end.
-func (c *Conn) pump(l net.Conn) {
-	in := reader{conn: l, raw: c.local.raw}
+func (c *Conn) pump(l net.Conn, check func([]byte) error) {
+	in := reader{conn: l, raw: c.local.raw, check: check}
 	in.init()
 	for {
 		room, err := c.room(buffer.Batch)
@@ -106,6 +110,10 @@ func (c *Conn) pump(l net.Conn) {
 			return // reset; whoever did it has closed l
 		}
 		b, n, err := in.read(min(room, c.mux.over.Budget()), c.id)
+		if in.objection != nil {
+			c.kill(&ResetError{Code: CodeLocal, Reason: in.objection.Error(), Local: true}, true)
+			return
+		}
 		if n > 0 {
 			c.writes.Lock()
 			err := c.push(b, n)
@@ -143,6 +151,9 @@ type reader struct {
 	conn net.Conn
 	raw  syscall.RawConn
 	busy int // consecutive reads that filled their buffer
+
+	check     func([]byte) error // nil: nobody looks
+	objection error              // check's
 
 	// For the one closure that every wait uses.
 	try   func(fd uintptr) bool
@@ -188,6 +199,20 @@ func (r *reader) read(n int, id uint32) (*buffer.Buffer, int, error) {
 	}
 	b := r.buf
 	r.buf = nil
+	if r.check != nil {
+		left := r.n
+		for _, s := range r.slots {
+			if left <= 0 || r.objection != nil {
+				break
+			}
+			k := min(left, len(s))
+			r.objection = r.check(s[:k])
+			left -= k
+		}
+		if r.objection != nil {
+			r.n = 0
+		}
+	}
 	clear(r.slots)
 	if r.n <= 0 {
 		if b != nil {
