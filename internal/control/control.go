@@ -1,5 +1,6 @@
 // Package control is how commands talk to a running process of the same user:
-// a Unix socket, 0600, in a home that only its owner can enter.
+// a Unix socket, 0600, in a home that only its owner can enter. One path is one
+// process's (Listen); or each process has its own in a directory (ListenAmong).
 //
 // One connection carries one JSON request, ended by closing that direction,
 // and one JSON answer, each at most 1 MiB, within ten seconds:
@@ -21,7 +22,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -68,8 +68,8 @@ type response struct {
 // Listen takes the socket at path. A socket file that nobody answers on is
 // replaced; the lock beside it decides between two that start at once.
 func Listen(path string) (net.Listener, error) {
-	if len(path) > maxPath {
-		return nil, fmt.Errorf("listening on %s: the path has %d bytes and a socket's at most %d; choose a shorter --home", path, len(path), maxPath)
+	if err := fits(path); err != nil {
+		return nil, fmt.Errorf("listening: %w", err)
 	}
 	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -80,7 +80,7 @@ func Listen(path string) (net.Listener, error) {
 		lock.Close()
 		return nil, fmt.Errorf("listening on %s: %w", path, err)
 	}
-	return &listener{UnixListener: ln, lock: lock}, nil
+	return &listener{UnixListener: ln, path: path, lock: lock}, nil
 }
 
 // take makes the lock ours for as long as we listen. What lies at path then is
@@ -144,16 +144,19 @@ func listen(path string) (*net.UnixListener, error) {
 // would lock another one than a process that has it open.
 type listener struct {
 	*net.UnixListener
-	lock *os.File
+	path string
+	lock *os.File // nil: one among others
 	once sync.Once
 	err  error
 }
 
 func (l *listener) Close() error {
 	l.once.Do(func() {
-		os.Remove(strings.TrimSuffix(l.lock.Name(), ".lock"))
+		os.Remove(l.path)
 		l.err = l.UnixListener.Close()
-		l.lock.Close()
+		if l.lock != nil {
+			l.lock.Close()
+		}
 	})
 	return l.err
 }
@@ -271,8 +274,8 @@ func Call(ctx context.Context, path, method string, in, out any) error {
 	if err != nil {
 		return fmt.Errorf("asking %s for %s: %w", path, method, err)
 	}
-	if len(path) > maxPath {
-		return fmt.Errorf("asking %s: the path has %d bytes and a socket's at most %d; choose a shorter --home", path, len(path), maxPath)
+	if err := fits(path); err != nil {
+		return fmt.Errorf("asking for %s: %w", method, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
