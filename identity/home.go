@@ -237,7 +237,12 @@ func (h *Home) replace(name string, b []byte) error {
 // Self returns the home's identity with its credential, the same *Self on each
 // call. On first need it makes the identity; of several processes that do so at
 // once one succeeds, and all return that one.
-func (h *Home) Self() (*Self, error) {
+func (h *Home) Self() (*Self, error) { return h.ownSelf(true) }
+
+// Existing is Self without making one: nil and nil when there is none yet.
+func (h *Home) Existing() (*Self, error) { return h.ownSelf(false) }
+
+func (h *Home) ownSelf(create bool) (*Self, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.self != nil {
@@ -245,6 +250,9 @@ func (h *Home) Self() (*Self, error) {
 	}
 	state, err := h.load()
 	if errors.Is(err, fs.ErrNotExist) {
+		if !create {
+			return nil, nil
+		}
 		state, err = h.create()
 	}
 	if err != nil {

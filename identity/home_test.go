@@ -157,6 +157,29 @@ func TestHomeKeepsItsIdentity(t *testing.T) {
 	}
 }
 
+func TestLookingAtAHomeMakesNoIdentity(t *testing.T) {
+	h := openHome(t, t.TempDir())
+	if s, err := h.Existing(); s != nil || err != nil {
+		t.Fatalf("in a new home: %v, %v", s, err)
+	}
+	if all, err := os.ReadDir(h.Dir()); len(all) != 0 || err != nil {
+		t.Fatalf("looking made %v, %v", all, err)
+	}
+	s := homeSelf(t, h)
+	for _, h := range []*Home{h, openHome(t, h.Dir())} {
+		if found, err := h.Existing(); err != nil || found.ID() != s.ID() {
+			t.Errorf("%v, %v", found, err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(h.Dir(), keyName), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var damaged *FileError
+	if s, err := openHome(t, h.Dir()).Existing(); !errors.As(err, &damaged) {
+		t.Errorf("a damaged key: %v, %v", s, err)
+	}
+}
+
 func TestFirstUseByManyGoroutinesGivesOneIdentity(t *testing.T) {
 	dir := t.TempDir()
 	const n = 32
