@@ -83,7 +83,8 @@ type Keeper struct {
 	Check func(context.Context, *Live) error
 	// Accept takes streams that the other end opens; nil refuses them.
 	Accept func(*Live, *stream.Incoming)
-	// OnState is told each change, one at a time. It must not wait.
+	// OnState is told each change, one at a time, also when only the next try is
+	// another. It must not wait.
 	OnState func(State)
 	Logger  *slog.Logger // nil: discard
 
@@ -478,7 +479,7 @@ func jitter(d time.Duration) time.Duration {
 
 func (k *Keeper) set(l *Live, s State) {
 	k.mu.Lock()
-	same := k.state.Kind == s.Kind && k.state.Reason == s.Reason && k.state.Peer == s.Peer && k.changed != nil
+	same := k.state.Kind == s.Kind && k.state.Reason == s.Reason && k.state.Peer == s.Peer && k.state.Next == s.Next && k.changed != nil
 	k.live, k.state = l, s
 	if k.changed != nil {
 		close(k.changed)

@@ -47,6 +47,26 @@ func TestBackOffDoublesToHalfASecondForAMinuteThenToThirtySeconds(t *testing.T) 
 	})
 }
 
+func TestEachNextTryIsToldAndComesThen(t *testing.T) {
+	in(t, func(w *town) {
+		var due []time.Time
+		tries := 0
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "down", Dial: func(context.Context) (net.Conn, error) {
+			if tries > 0 && (len(due) != tries || !due[tries-1].Equal(time.Now())) {
+				t.Errorf("try %d comes at %v, %d were told: %v", tries, time.Now(), len(due), due[max(len(due)-1, 0):])
+			}
+			tries++
+			return nil, errDown
+		}}}, OnState: func(s link.State) { due = append(due, time.Now().Add(s.Next)) }}
+		stop := w.run(k.Run)
+		w.sleep(5 * time.Minute)
+		stop()
+		if tries < 100 {
+			t.Errorf("%d tries", tries)
+		}
+	})
+}
+
 func TestACutChannelIsReplacedWithinASecond(t *testing.T) {
 	in(t, func(w *town) {
 		stopServer := w.serve(w.server(), "10.0.0.2:1")
