@@ -56,7 +56,7 @@ func takesCommand(c *cli.Command) bool { return strings.Contains(c.ArgsUsage, "-
 func membershipFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "ticket", Usage: "redeem the ticket in `FILE` while this home is no member [$PORTAL_TICKET, $PORTAL_TICKET_FILE]"},
-		&cli.BoolFlag{Name: "ephemeral", Usage: "keep the key in memory only; needs a ticket at each start"},
+		&cli.BoolFlag{Name: "ephemeral", Usage: "keep the key in memory only; needs a ticket at each start, and `portal status` does not see it"},
 	}
 }
 
@@ -361,9 +361,18 @@ func newApp(s *session) *cli.App {
 					return runNames(ctx, s, namesOptions{member: memberFlags(c), way: wayOf(c), timeout: c.Duration("timeout")})
 				}),
 			},
+			{
+				Name: "status", Usage: "what runs on this home, and by which way", ArgsUsage: "[NAME]", Category: "Tunnel",
+				Description: "Asks all processes of the home at once; those of --ephemeral have none. With NAME: only those of\n" +
+					"that name. Exit status 0, whatever their states are, and when nothing runs; 1 when a process\n" +
+					"does not answer within 2 s: it is listed as `no answer`.",
+				Action: s.once(0, 1, func(ctx context.Context, c *cli.Context) error {
+					return runStatus(ctx, s, statusOptions{home: c.String("home"), name: c.Args().First()})
+				}),
+			},
 		},
 	}
-	for _, name := range []string{"connect", "up", "check", "status", "doctor",
+	for _, name := range []string{"connect", "up", "check", "doctor",
 		"member", "policy", "audit", "mailbox", "send", "call", "completion"} {
 		app.Commands = append(app.Commands, notYetCommand(name))
 	}

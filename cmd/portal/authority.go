@@ -106,6 +106,8 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 		// A question takes a moment and asks again by itself.
 		streams: func() int { return 0 },
 		drain:   func(context.Context) int { links.Drain(); return 0 },
+		home:    b.home,
+		entries: []entry{{t: t, self: self, hosts: self.ID(), address: addresses(lns)}},
 	})
 }
 
@@ -180,6 +182,7 @@ func (p *posts) relay(addr string, state link.State) {
 		p.tell()
 	case state.Kind == link.Refused:
 		p.t.refused(state.Err)
+		p.t.again(state.Next)
 	default:
 		p.t.waiting(state.Err, state.Next)
 	}

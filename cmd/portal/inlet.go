@@ -138,6 +138,8 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 			server.SetRequire(demand)
 			return m.reload()
 		},
+		home:    m.home,
+		entries: []entry{{t: t, self: m.self, streams: server.Streams}},
 	})
 }
 
@@ -153,6 +155,7 @@ func (t *teller) inlet(state inlet.State) {
 		t.ready(ev, fmt.Sprintf("ready %s (%s, %s)", state.Path, memberName(c.Name()), state.Peer.ID().Short()))
 	case link.Refused:
 		t.refused(state.Err)
+		t.again(state.Next)
 	case link.Waiting:
 		t.waiting(state.Err, state.Next)
 	}

@@ -180,6 +180,10 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 			server.SetAllow(policy)
 			return m.reload()
 		},
+		home: m.home,
+		entries: []entry{{
+			t: t, self: m.self, address: addresses(lns), target: p.target.String(), command: p.command, streams: server.Streams,
+		}},
 	})
 }
 
@@ -293,6 +297,7 @@ func (a *presence) tellLocked() {
 		a.t.waiting(waiting.Err, waiting.Next)
 	case refused != nil:
 		a.t.refused(refused.Err)
+		a.t.again(refused.Next)
 	}
 }
 

@@ -172,6 +172,10 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 		server.Local = map[identity.ID]func(context.Context, net.Conn){b.self.ID(): hosted.put}
 	}
 	t := s.teller("relay", "")
+	shown := entry{t: t, self: m.self, address: addresses(lns), relay: server.Status}
+	if b != nil {
+		shown.hosts = b.self.ID()
+	}
 	return s.supervise(ctx, job{
 		role: "relay", grace: o.grace,
 		run: func(ctx context.Context) error {
@@ -210,6 +214,8 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 			server.SetPolicies(policies.serve, policies.connect, policies.next)
 			return nil
 		},
+		home:    m.home,
+		entries: []entry{shown},
 	})
 }
 

@@ -70,6 +70,7 @@ func TestScript(t *testing.T) {
 			"cut":       cut,
 			"lets":      lets,
 			"smalldisk": smallDisk,
+			"readonly":  readOnly,
 			"fill":      fill,
 			"lock":      lock,
 			"manager":   manager,
@@ -291,10 +292,11 @@ func pid(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[1], strconv.Itoa(stageOf(ts).proc(ts, args[0]).cmd.Process.Pid))
 }
 
-// signal NAME TERM|INT|HUP|KILL
+// signal NAME TERM|INT|HUP|KILL|STOP|CONT
 func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 	p := stageOf(ts).proc(ts, args[0])
-	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP, "KILL": syscall.SIGKILL}[args[1]]
+	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP, "KILL": syscall.SIGKILL,
+		"STOP": syscall.SIGSTOP, "CONT": syscall.SIGCONT}[args[1]]
 	ts.Check(p.cmd.Process.Signal(sig))
 }
 
@@ -426,13 +428,18 @@ func cut(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// smalldisk DIR SIZE mounts a disk of that size. fill DIR leaves no room on it.
+// smalldisk DIR SIZE mounts a disk of that size. fill DIR leaves no room on it;
+// readonly DIR lets nobody write to it.
 func smallDisk(ts *testscript.TestScript, neg bool, args []string) {
 	dir := ts.MkAbs(args[0])
 	ts.Check(os.MkdirAll(dir, 0o700))
 	ts.Check(syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+args[1]))
 	s := stageOf(ts)
 	s.ends = append(s.ends, func() { syscall.Unmount(dir, 0) })
+}
+
+func readOnly(ts *testscript.TestScript, neg bool, args []string) {
+	ts.Check(syscall.Mount("", ts.MkAbs(args[0]), "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
 }
 
 func fill(ts *testscript.TestScript, neg bool, args []string) {

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/portal-tunnel/portal/identity"
 )
 
 // The life of a long-running command:
@@ -36,6 +38,10 @@ type job struct {
 	// reload reads policies and the home again; on error what was in force stays.
 	reload func() error
 	grace  time.Duration
+
+	// What `portal status` sees of it, and on which home; nil: --ephemeral.
+	home    *identity.Home
+	entries []entry
 }
 
 // head begins a line about the job. It may be named like the state that scripts
@@ -47,6 +53,7 @@ func (s *session) supervise(ctx context.Context, j job) error {
 	signals := make(chan os.Signal, 4)
 	hear(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
+	defer s.visible(j.home, j.entries...)()
 	// Asked now: when the terminal hangs up it is not there to be found.
 	return s.govern(ctx, j, signals, controllingTerminal())
 }
@@ -85,6 +92,9 @@ func (s *session) govern(ctx context.Context, j job, signals <-chan os.Signal, h
 	}
 
 	s.notify("STOPPING=1")
+	for _, e := range j.entries {
+		e.t.draining()
+	}
 	patience, hurry := context.WithTimeout(work, j.grace)
 	defer hurry()
 	if n := j.streams(); n > 0 {

@@ -17,16 +17,41 @@ type teller struct {
 	mu       sync.Mutex
 	last     string // without the time of the next try
 	notified bool
+	now      condition
+}
+
+// A condition is what was told last, for `portal status`, which may ask at any time.
+// Addresses and the target's answer are kept when a later event has none.
+type condition struct {
+	event
+	since time.Time // it is in this state
+	next  time.Time // the next try; zero: not known
+	away  bool      // draining, whatever is told
 }
 
 func (s *session) teller(role, name string) *teller { return &teller{s: s, role: role, name: name} }
 
 func (t *teller) event(kind string) event { return event{Event: kind, Role: t.role, Name: t.name} }
 
-// news reports whether the line differs from the one before.
-func (t *teller) news(line string) bool {
+// note keeps a state and reports whether it is news: whether its line differs from
+// the one before.
+func (t *teller) note(ev event, line string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	now, before := time.Now(), t.now
+	t.now.event, t.now.next = ev, time.Time{}
+	if ev.Next > 0 {
+		t.now.next = now.Add(time.Duration(ev.Next * float64(time.Second)))
+	}
+	if ev.Event != before.Event && !before.away {
+		t.now.since = now
+	}
+	if ev.Address == nil {
+		t.now.Address = before.Address
+	}
+	if ev.Answer == "" {
+		t.now.Answer = before.Answer
+	}
 	if line == t.last {
 		return false
 	}
@@ -39,16 +64,17 @@ func (t *teller) head() string { return job{role: t.role, name: t.name}.head() }
 func (t *teller) listening(addrs []string) {
 	ev := t.event("listening")
 	ev.Address = addrs
+	t.at(addrs)
 	t.s.tell(ev, "%s listening on %s", t.head(), unready(list(addrs)))
 }
 
 func (t *teller) waiting(reason error, next time.Duration) {
 	text := reasonText(reason)
-	if !t.news("waiting: " + text) {
-		return
-	}
 	ev := t.event("waiting")
 	ev.Reason, ev.Next = text, next.Seconds()
+	if !t.note(ev, "waiting: "+text) {
+		return
+	}
 	if next > 0 {
 		t.s.tell(ev, "%s waiting: %s; next try in %s", t.head(), text, seconds(next))
 		return
@@ -58,22 +84,22 @@ func (t *teller) waiting(reason error, next time.Duration) {
 
 func (t *teller) refused(reason error) {
 	text := reasonText(reason)
-	if !t.news("refused: " + text) {
-		return
-	}
 	ev := t.event("refused")
 	f := classify(reason)
 	ev.Reason, ev.Code = text, f.code.String()
+	if !t.note(ev, "refused: "+text) {
+		return
+	}
 	t.s.tell(ev, "%s refused: %s (%s)", t.head(), text, f.code)
 }
 
 // ready prints the line that scripts wait for; text begins with "ready", or with
 // the words that stand before it. The word stands there once.
 func (t *teller) ready(ev event, text string) {
-	if !t.news(text) {
+	ev.Event, ev.Role, ev.Name = "ready", t.role, t.name
+	if !t.note(ev, text) {
 		return
 	}
-	ev.Event, ev.Role, ev.Name = "ready", t.role, t.name
 	before, after, _ := strings.Cut(text, "ready")
 	t.s.tell(ev, "%s %sready%s", t.head(), unready(before), unready(after))
 	t.mu.Lock()
@@ -82,6 +108,36 @@ func (t *teller) ready(ev event, text string) {
 	t.mu.Unlock()
 	if first {
 		t.s.notify("READY=1")
+	}
+}
+
+// at notes where the process listens.
+func (t *teller) at(addrs []string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.now.Address = addrs
+}
+
+// again notes when a refusal is tried again, which its line does not say.
+func (t *teller) again(next time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.now.next = time.Now().Add(next)
+}
+
+func (t *teller) condition() condition {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.now
+}
+
+// draining is told when the process is going away. It stays so: what its parts
+// still tell is about their end.
+func (t *teller) draining() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.now.away {
+		t.now.away, t.now.since = true, time.Now()
 	}
 }
 
