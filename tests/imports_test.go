@@ -185,6 +185,7 @@ func TestTheTableSaysNo(t *testing.T) {
 		{"examples/postgres", module + "/tests/process", true},
 		{"examples/postgres", "github.com/jackc/pgx/v5", true},
 		{"examples/llm", "github.com/openai/openai-go/v3", true},
+		{"examples/mcp", "github.com/modelcontextprotocol/go-sdk/mcp", true},
 		{"internal/channel", "github.com/flynn/noise", true},
 		{"internal/stream", "golang.org/x/sys/unix", true},
 		{"identity", "crypto/ed25519", true},
@@ -201,8 +202,10 @@ func TestTheTableSaysNo(t *testing.T) {
 		{"outlet", "github.com/jackc/pgx/v5/pgproto3", false},
 		{"internal/pgwire", "github.com/jackc/pgx/v5", false}, // no line: all of pgx
 		{"inlet", "github.com/stretchr/testify/require", false},
-		{"cmd/portal", "github.com/openai/openai-go/v3", false}, // the examples' alone
-		{"util", "fmt", false},                                  // no such room
+		{"cmd/portal", "github.com/openai/openai-go/v3", false},
+		{"outlet", "github.com/modelcontextprotocol/go-sdk/mcp", false},
+		{"cmd/portal", module + "/examples/mcp", false},
+		{"util", "fmt", false}, // no such room
 		{"inlet", module + "/util", false},
 	} {
 		if why := objection(c.path, c.what); (why == "") != c.may {
