@@ -27,6 +27,8 @@ type Client struct {
 	// Dial reaches it: nil is TCP, Hop of the relay before it another way. Lanes are
 	// dialled as the control channel is.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Watch is OnReady of the relay before it; nil: there is none.
+	Watch func(f func()) (stop func())
 
 	Node  *routing.Node
 	Self  *identity.Self // an authority may have no credential, and register as itself
@@ -46,7 +48,8 @@ type Client struct {
 	mu        sync.Mutex
 	ctx       context.Context // of Run; nil before
 	listeners map[*Listener]struct{}
-	all       sync.WaitGroup // what Run waits for
+	waiting   map[*func()]struct{} // told when there is a control channel
+	all       sync.WaitGroup       // what Run waits for
 }
 
 func (c *Client) init() {
@@ -59,11 +62,11 @@ func (c *Client) init() {
 			c.Dial = new(net.Dialer).DialContext
 		}
 		rand.Read(c.instance[:])
-		c.listeners = make(map[*Listener]struct{})
+		c.listeners, c.waiting = make(map[*Listener]struct{}), make(map[*func()]struct{})
 		c.keeper = link.Keeper{
 			Paths: []link.Path{{Name: c.Addr, Dial: func(ctx context.Context) (net.Conn, error) {
 				return c.Dial(ctx, "tcp", c.Addr)
-			}}},
+			}, Watch: c.Watch}},
 			Config: channel.Config{
 				Node: c.Node, Self: c.Self, Trust: c.Trust, Kind: channel.Relay,
 				Pin: c.ID, Judge: c.judge, Proofless: true, Now: c.Now, Logger: c.log,
@@ -81,6 +84,14 @@ func (c *Client) tell(s link.State) {
 	if c.OnState != nil {
 		c.OnState(s)
 	}
+	if s.Kind == link.Ready {
+		c.mu.Lock()
+		waiting := slices.Collect(maps.Keys(c.waiting))
+		c.mu.Unlock()
+		for _, f := range waiting {
+			(*f)()
+		}
+	}
 	if s.Kind != link.Waiting && s.Kind != link.Refused {
 		return
 	}
@@ -89,6 +100,20 @@ func (c *Client) tell(s link.State) {
 	c.mu.Unlock()
 	for _, l := range listeners {
 		l.tell(s)
+	}
+}
+
+// OnReady has f told, until stop is called, whenever there is a control channel
+// again: what needed lanes may try at once. f must not wait.
+func (c *Client) OnReady(f func()) (stop func()) {
+	c.init()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.waiting[&f] = struct{}{}
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.waiting, &f)
 	}
 }
 
@@ -160,7 +185,7 @@ func (c *Client) Hop(next string) func(ctx context.Context, network, addr string
 
 func (c *Client) lane(ctx context.Context, h stream.Header) (*channel.Lane, error) {
 	c.init()
-	l, err := c.keeper.Get(ctx)
+	l, err := c.keeper.Try(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -503,6 +503,44 @@ func TestDrainCutsWhatIsLeft(t *testing.T) {
 	})
 }
 
+// One that is not there costs a try, not the time that a dial may take.
+func TestARelayThatIsDownDoesNotHoldTheOtherUp(t *testing.T) {
+	in(t, func(w *town) {
+		const other = "10.0.0.9:1"
+		w.relayAt(other, nil)
+		w.outlet("db", w.member(serves("db")), echoing, func(c *relay.Client) { c.Addr = other })
+		bot := w.member(agent)
+		in := w.inlet("db", bot, w.client(bot, nil), w.client(bot, func(c *relay.Client) { c.Addr = other }))
+		begin := time.Now()
+		w.dial(in).Close()
+		if d := time.Since(begin); d > 2*time.Second {
+			t.Errorf("it took %v", d)
+		}
+	})
+}
+
+// An inlet that has nothing to do is ready as soon as its way is.
+func TestAWayThatIsThereAgainIsTakenAtOnce(t *testing.T) {
+	in(t, func(w *town) {
+		bot := w.member(agent)
+		c := w.client(bot, nil)
+		in := w.inlet("db", bot, c)
+		w.sleep(10 * time.Minute) // by now the pauses are half a minute
+		reached := make(chan time.Time, 1)
+		defer c.OnReady(func() { reached <- time.Now() })()
+		w.relay(nil)
+		w.outlet("db", w.member(serves("db")), echoing, nil)
+		if _, err := c.Names(context.Background()); err != nil { // somebody else has it reached
+			t.Fatal(err)
+		}
+		begin := <-reached
+		w.until("the inlet ready", func() bool { return in.State().Kind == link.Ready })
+		if d := time.Since(begin); d > time.Second {
+			t.Errorf("it took %v from when the relay was reached", d)
+		}
+	})
+}
+
 func TestAfterARelaysRestartEverythingIsThereAgainWithinASecond(t *testing.T) {
 	in(t, func(w *town) {
 		_, stop := w.relay(nil)

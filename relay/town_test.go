@@ -216,7 +216,7 @@ func (w *town) inlet(name string, self *identity.Self, clients ...*relay.Client)
 	for _, c := range clients {
 		s.Paths = append(s.Paths, inlet.Path{Name: "via " + c.Addr, Dial: func(ctx context.Context) (net.Conn, error) {
 			return c.Lane(ctx, name, s.Pin)
-		}})
+		}, Watch: c.OnReady})
 	}
 	w.run(s.Run)
 	return s

@@ -53,7 +53,8 @@ func (r *relays) throughLocked(h hops) *relay.Client {
 	last := h[len(h)-1]
 	c := &relay.Client{ID: last.ID, Addr: last.Addr, Node: r.node, Self: r.self, Trust: r.trust, Carrier: r.carrier, Logger: r.log}
 	if before := h[:len(h)-1]; len(before) > 0 {
-		c.Dial = r.throughLocked(before).Hop(last.Addr)
+		first := r.throughLocked(before)
+		c.Dial, c.Watch = first.Hop(last.Addr), first.OnReady
 	}
 	r.clients[h.key()] = c
 	r.all.Go(func() { c.Run(r.ctx) })

@@ -186,7 +186,7 @@ func (r *route) inlet(name string, m *member, log *slog.Logger) *inlet.Server {
 		client := m.relays.through(h)
 		server.Paths = append(server.Paths, inlet.Path{Name: viaText(h), Dial: func(ctx context.Context) (net.Conn, error) {
 			return client.Lane(ctx, name, r.pin)
-		}})
+		}, Watch: client.OnReady})
 	}
 	return server
 }

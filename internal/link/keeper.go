@@ -41,6 +41,9 @@ const (
 type Path struct {
 	Name string // as people read it: "direct 127.0.0.1:4100"
 	Dial func(context.Context) (net.Conn, error)
+	// Watch has f told, until stop is called, when the way may lead somewhere again.
+	// nil: nobody knows that before it is tried.
+	Watch func(f func()) (stop func())
 }
 
 // StateKind is what a Keeper is doing.
@@ -113,8 +116,12 @@ func (k *Keeper) Run(ctx context.Context) error {
 	k.wanted = make(chan struct{}, 1)
 	k.mu.Unlock()
 	k.took = make([]time.Duration, len(k.Paths))
-	stop := k.Config.Self.OnChange(k.Kick)
-	defer stop()
+	defer k.Config.Self.OnChange(k.Kick)()
+	for _, p := range k.Paths {
+		if p.Watch != nil {
+			defer p.Watch(k.Kick)()
+		}
+	}
 
 	wait, since := firstWait, time.Now() // since: when there was last a channel
 	brief := firstWait                   // the wait behind the next channel that ends too soon
@@ -501,8 +508,14 @@ func (k *Keeper) State() State {
 // Get returns the live channel and waits for one while there is none; who waits
 // is dialled for at least about twice a second. A
 // refusal is returned at once: waiting would not change it.
-func (k *Keeper) Get(ctx context.Context) (*Live, error) {
-	for {
+func (k *Keeper) Get(ctx context.Context) (*Live, error) { return k.get(ctx, false) }
+
+// Try is Get for whoever has other ways: it also returns when a dial, begun or
+// awaited since, has failed.
+func (k *Keeper) Try(ctx context.Context) (*Live, error) { return k.get(ctx, true) }
+
+func (k *Keeper) get(ctx context.Context, once bool) (*Live, error) {
+	for first := true; ; first = false {
 		k.mu.Lock()
 		if k.changed == nil {
 			k.changed = make(chan struct{})
@@ -516,6 +529,8 @@ func (k *Keeper) Get(ctx context.Context) (*Live, error) {
 			return nil, s.Err
 		case s.Kind == Draining:
 			return nil, errors.New("this end is going away")
+		case once && !first && s.Err != nil:
+			return nil, s.Err
 		}
 		select {
 		case wanted <- struct{}{}: // nil before Run: there is no pause yet
