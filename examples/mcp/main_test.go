@@ -31,7 +31,7 @@ func TestAgentCallsToolsAndGuestIsRefused(t *testing.T) {
 		"stdio: a report is given up", "has exited with status 0",
 		"HTTP, 2026-07-28: connects", "HTTP, 2026-07-28: report sends 5 notes", "HTTP, 2026-07-28: a report is given up",
 		"HTTP, 2025-11-25: connects in a session", "HTTP, 2025-11-25: a report is given up", "and the server told",
-		"with Host: evil.example the server itself refuses: 403", "with Origin: http://evil.example the server itself refuses: 403",
+		"with Host: evil.example the inlet refuses: 403", "with Origin: http://evil.example the inlet refuses: 403",
 		"its connection is reset", "the answer is 403", "no process was started for it",
 	} {
 		if !strings.Contains(out.String(), proved) {
