@@ -179,6 +179,7 @@ func (c *Client) Hop(next string) func(ctx context.Context, network, addr string
 		if err != nil {
 			return nil, c.failed("going on to", next, err)
 		}
+		l.Key, l.Peer = [32]byte{}, l.Key // a lane between relays has no key
 		return l, nil
 	}
 }

@@ -267,7 +267,7 @@ func (s *Server) next(l *link.Live, in *stream.Incoming) {
 			return
 		}
 		stream.Arm(other)
-		caller, err := p.invite([32]byte{})
+		caller, err := p.invite(hop.ID)
 		p.met()
 		if err != nil {
 			stream.Abort(other)

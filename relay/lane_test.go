@@ -431,6 +431,42 @@ func TestARelayGoesOnToNobodyUnlessItsPolicySaysSo(t *testing.T) {
 	})
 }
 
+// What the first relay says of the second is demanded besides, and is no proof.
+func TestTheSecondRelayIsWhoTheFirstSaysAndProvesItselfToo(t *testing.T) {
+	in(t, func(w *town) {
+		first, second := w.twoHops(`true`)
+		const plainAddr = "10.0.0.10:4000"
+		bare, _ := w.relayAt(plainAddr, func(s *relay.Server) { s.Self = w.stranger() })
+		w.outlet("db", w.member(serves("db")), echoing, func(c *relay.Client) { c.ID, c.Addr = bare.Self.ID(), plainAddr })
+		bot := w.member(agent)
+		a := w.client(bot, nil)
+		fine := func(err error) bool { return err == nil }
+		for _, test := range []struct {
+			what      string
+			addr      string
+			said, pin identity.ID
+			ok        func(error) bool
+		}{
+			{"it has a credential, nothing is said", nextAddr, identity.ID{}, identity.ID{}, fine},
+			{"it has a credential, and is said", nextAddr, second.Self.ID(), identity.ID{}, fine},
+			{"it has a credential, another is said", nextAddr, bare.Self.ID(), identity.ID{}, func(err error) bool { return errors.Is(err, channel.ErrPin) }},
+			{"it is only said", plainAddr, bare.Self.ID(), identity.ID{}, refusedHere},
+			{"it is pinned, another is said", plainAddr, second.Self.ID(), bare.Self.ID(), fine},
+		} {
+			first.Next["b"] = relay.Hop{Addr: test.addr, ID: test.said}
+			b := w.client(bot, func(c *relay.Client) { c.ID, c.Addr, c.Dial = test.pin, "b", a.Hop("b") })
+			if err := w.lane(b, "db", identity.ID{}); !test.ok(err) {
+				t.Errorf("%s: %v", test.what, err)
+			}
+		}
+	})
+}
+
+func refusedHere(err error) bool {
+	var r *channel.Refused
+	return errors.As(err, &r)
+}
+
 func TestEachRelayJudgesTheCallerItself(t *testing.T) {
 	in(t, func(w *town) {
 		_, second := w.twoHops(`true`)

@@ -61,6 +61,9 @@ const (
 // Hop is another relay that this one joins callers to.
 type Hop struct {
 	Addr string // host:port
+	// ID is told to the caller, which then takes no other identity there, besides
+	// judging it by its own pin or by its credential; zero: nothing is told.
+	ID identity.ID
 }
 
 // Server is a relay. Its fields must not change once Serve is called.

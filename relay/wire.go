@@ -32,7 +32,7 @@ func newID() (id laneID) {
 type offer struct {
 	kind offerKind
 	id   laneID
-	key  [32]byte // zero for a carrier, and towards the next relay
+	key  [32]byte // zero for a carrier; of a next the identifier of the relay there, if it is known
 }
 
 type offerKind uint8

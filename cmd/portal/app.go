@@ -236,7 +236,7 @@ func newApp(s *session) *cli.App {
 					&cli.StringSliceFlag{Name: "trust", Usage: "serve members of the authority with this `ID`"},
 					&cli.StringSliceFlag{Name: "allow-serve", Usage: "who may serve a name, besides a credential that says so: `P` is a Cedar expression or @FILE"},
 					&cli.StringSliceFlag{Name: "allow-connect", Usage: "who may ask for a name, of all members: `P`"},
-					&cli.StringSliceFlag{Name: "next", Usage: "another relay that callers may go on to, as `NAME=HOST:PORT`"},
+					&cli.StringSliceFlag{Name: "next", Usage: "another relay that callers may go on to, as `NAME=[ID@]HOST:PORT`; they then take no other ID there"},
 					&cli.StringSliceFlag{Name: "allow-next", Usage: "who may go on; nobody unless said: `P`"},
 					&cli.StringSliceFlag{Name: "from-relay", Usage: "`CIDR` of other relays: their connections count as many sources"},
 					&cli.BoolFlag{Name: "authority", Usage: "host the authority in this process: whoever controls this host can then issue credentials"},

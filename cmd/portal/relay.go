@@ -22,7 +22,7 @@ type relayOptions struct {
 	trust     []string // IDs
 	serve     []string // policies
 	connect   []string
-	next      []string // NAME=HOST:PORT
+	next      []string // NAME=[ID@]HOST:PORT
 	allowNext []string
 	from      []string // CIDRs
 	authority bool     // hosts one
@@ -71,7 +71,7 @@ func (o relayOptions) plan() (*relayPlan, error) {
 		if err != nil {
 			return nil, err
 		}
-		p.hops[name] = relay.Hop{Addr: hop[0].Addr}
+		p.hops[name] = relay.Hop{Addr: hop[0].Addr, ID: hop[0].ID}
 	}
 	for _, text := range o.from {
 		prefix, err := netip.ParsePrefix(text)

@@ -41,6 +41,9 @@ type Lane struct {
 	// Leaving is closed when whoever carries the lane says that it is going away:
 	// what is on it may end, what is new should take another. Nil: never.
 	Leaving <-chan struct{}
+	// Peer is who is at the other end by the word of the relay that led here, to be
+	// demanded besides whatever else is; zero: it says nothing.
+	Peer identity.ID
 }
 
 // Config says who speaks and whom it wants to hear.

@@ -423,10 +423,13 @@ func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
 		return nil, err
 	}
 	var leaving <-chan struct{}
+	c := k.Config
 	if l, ok := lane.(*channel.Lane); ok {
 		leaving = l.Leaving
+		if c.Pin.IsZero() {
+			c.Pin = l.Peer
+		}
 	}
-	c := k.Config
 	begin := time.Now()
 	e, err := channel.Initiate(limited, lane, &c)
 	if err != nil {
