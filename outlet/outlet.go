@@ -27,7 +27,7 @@ import (
 // Limits of an outlet. The zero value has the defaults.
 type Limits struct {
 	Streams     int           // connections to the target at once; default 90, below PostgreSQL's 100
-	Dials       int           // of them being dialled; default 32
+	Dials       int           // of them being dialled, others wait; default 32
 	DialTimeout time.Duration // default 10 s
 	Link        link.Limits
 }
@@ -298,7 +298,7 @@ func (d desk) judge(a *admitted) {
 	}
 	if !s.enter() {
 		held.Release()
-		in.Refuse(stream.CodeBusy, fmt.Sprintf("the outlet has its %d connections", s.Limits.Streams))
+		in.Decline(stream.CodeBusy, fmt.Sprintf("the outlet has its %d connections", s.Limits.Streams))
 		return
 	}
 	s.log.Info("a stream is admitted", "stream", in.Stream(), "peer", l.Peer(), "decision", decision.Reason())
@@ -398,14 +398,7 @@ func (a *admitted) run() {
 		a.offer()
 		return
 	}
-	select {
-	case s.dials <- struct{}{}:
-	default:
-		a.in.Refuse(stream.CodeBusy, fmt.Sprintf("%d connections to the target are being made", s.Limits.Dials))
-		return
-	}
 	target, err := a.dial()
-	<-s.dials
 	if ended := a.why(); ended != nil {
 		if target != nil {
 			stream.Abort(target)
@@ -420,7 +413,7 @@ func (a *admitted) run() {
 	case err != nil:
 		code, reason := targetCode(err)
 		s.log.Warn("the target cannot be reached", "stream", a.in.Stream(), "err", err)
-		a.in.Refuse(code, reason)
+		a.in.Decline(code, reason)
 		return
 	}
 	if a.in.Header.Kind == stream.PingTarget {
@@ -469,7 +462,16 @@ func (a *admitted) asked() *Request {
 	return &Request{Name: a.server.Name, Peer: a.live.Peer(), Stream: a.in.Stream()}
 }
 
-// dial reaches the target within the limit, and no longer than anybody wants it.
+// errCrowd is a dial whose turn did not come.
+type errCrowd int
+
+func (n errCrowd) Error() string {
+	return fmt.Sprintf("%d connections to the target are being made", int(n))
+}
+
+// dial reaches the target within the limit, and no longer than anybody wants it. When
+// as many are being made as may be at once, it waits its turn: those who wait have a
+// place already, of which there are few.
 func (a *admitted) dial() (net.Conn, error) {
 	s := a.server
 	ctx, cancel := context.WithTimeout(context.Background(), s.Limits.DialTimeout)
@@ -491,12 +493,21 @@ func (a *admitted) dial() (net.Conn, error) {
 		case <-ctx.Done():
 		}
 	})
+	select {
+	case s.dials <- struct{}{}:
+	case <-ctx.Done():
+		return nil, errCrowd(s.Limits.Dials)
+	}
+	defer func() { <-s.dials }()
 	return s.Target(ctx, a.asked())
 }
 
 func targetCode(err error) (stream.Code, string) {
 	var timeout interface{ Timeout() bool }
+	var crowd errCrowd
 	switch {
+	case errors.As(err, &crowd):
+		return stream.CodeBusy, crowd.Error()
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return stream.CodeTargetRefused, ""
 	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():

@@ -287,7 +287,7 @@ func slow(ended chan<- error) outlet.Target {
 	}
 }
 
-func TestMoreDialsThanTheLimitAreBusy(t *testing.T) {
+func TestADialWaitsItsTurnWithinItsTime(t *testing.T) {
 	virtual(t, nil, func(s *outlet.Server) { s.Target, s.Limits.Dials = slow(make(chan error, 9)), 1 }, func(y *yard) {
 		l := y.call(agent)
 		first, err := l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db"})
@@ -295,16 +295,56 @@ func TestMoreDialsThanTheLimitAreBusy(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if _, err := ask(l, stream.Bytes, "db"); code(err) != stream.CodeBusy {
-			t.Errorf("a second dial: %v", err)
-		}
-		first.Reset(stream.CodeLocal, "")
-		time.Sleep(time.Second)
-		synctest.Wait()
+		// The first gives up after 4 s; then it is the second's turn, for what is left.
+		time.AfterFunc(4*time.Second, func() { first.Reset(stream.CodeLocal, "") })
 		begin := time.Now()
 		if _, err := ask(l, stream.Bytes, "db"); code(err) != stream.CodeTargetTimeout || time.Since(begin) != 10*time.Second {
-			t.Errorf("when the first is over: %v after %v", err, time.Since(begin))
+			t.Errorf("the second: %v after %v", err, time.Since(begin))
 		}
+		// One whose turn does not come at all.
+		if first, err = l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db"}); err != nil {
+			t.Fatal(err)
+		}
+		second, err := l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := second.Wait(context.Background()); code(err) != stream.CodeBusy && code(err) != stream.CodeTargetTimeout {
+			t.Errorf("with no turn: %v", err)
+		}
+		first.Wait(context.Background())
+		synctest.Wait()
+		if n := y.outlet.Streams(); n != 0 {
+			t.Errorf("%d streams are left", n)
+		}
+	})
+}
+
+// A crowd of clients is not abuse: those who have a connection keep it.
+func TestACrowdEndsNobodysStream(t *testing.T) {
+	virtual(t, nil, func(s *outlet.Server) { s.Limits.Streams = 2 }, func(y *yard) {
+		l := y.call(agent)
+		c, err := l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db"})
+		if err == nil {
+			err = c.Wait(context.Background())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: "db"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 5000 {
+			if _, err := ask(l, stream.Bytes, "db"); code(err) != stream.CodeBusy {
+				t.Fatalf("one of the crowd: %v", err)
+			}
+		}
+		if l.Err() != nil {
+			t.Errorf("the channel ended: %v", l.Err())
+		}
+		other.Close()
+		c.Close()
 	})
 }
 

@@ -101,7 +101,7 @@ func TestPeerThatOnlyOpensAndResetsLosesItsChannel(t *testing.T) {
 						}
 					}
 				}
-				try(1900) // a burst, as when a target is down
+				try(1900) // a burst
 				if p.y.end.Err() != nil {
 					t.Fatal("a burst of 1,900 ends the channel")
 				}

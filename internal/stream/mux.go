@@ -452,14 +452,25 @@ func (i *Incoming) Accept() *Conn {
 	return c
 }
 
-// Refuse answers no and says why; it never waits.
+// Refuse answers no and says why; it never waits. It counts as an open that came to
+// nothing.
 func (i *Incoming) Refuse(code Code, reason string) {
+	if i.decline(code, reason) {
+		i.conn.mux.refused.Add(1)
+	}
+}
+
+// Decline is Refuse for what is lacking on this side, a place or the target: the
+// opener is not to blame, and what else it has in the channel must not end for it.
+func (i *Incoming) Decline(code Code, reason string) { i.decline(code, reason) }
+
+func (i *Incoming) decline(code Code, reason string) bool {
 	c := i.conn
 	if _, ended := c.end(&ResetError{Code: code, Reason: reason, Local: true}, false); !ended {
-		return
+		return false
 	}
 	c.mux.over.Control(key(frameRefused, c.id), appendCode(nil, frameRefused, c.id, code, reason))
-	c.mux.refused.Add(1)
+	return true
 }
 
 // Done is closed when the opener has given up, or the channel has ended, before an
