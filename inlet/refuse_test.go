@@ -117,7 +117,6 @@ func TestAPageOfAnotherSiteIsToldNoAndTheServiceSeesNothing(t *testing.T) {
 	if status, body := ask(func(r *http.Request) { r.ContentLength = -1 }); status != 200 || body != fmt.Sprint(3<<20) {
 		t.Fatalf("in chunks: %d: %s", status, body)
 	}
-	before := seen.Load()
 	for _, change := range []func(*http.Request){
 		func(r *http.Request) { r.Host = "evil.example" },
 		func(r *http.Request) { r.Header.Set("Origin", "https://evil.example") },
@@ -141,7 +140,7 @@ func TestAPageOfAnotherSiteIsToldNoAndTheServiceSeesNothing(t *testing.T) {
 		}
 		io.Copy(io.Discard, r.Body)
 	}
-	before = seen.Load()
+	before := seen.Load()
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n")
 	if _, err := in.ReadByte(); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("read %v, want a reset", err)

@@ -346,6 +346,8 @@ type admitted struct {
 	conn   *stream.Conn       // once it is accepted
 	cancel context.CancelFunc // ends the dial
 	ended  error              // why the stream may not go on
+
+	unstop func() bool // it is not told any more that the outlet stops
 }
 
 // end is told that the stream may not go on: by the lease, or because the
@@ -367,13 +369,6 @@ func (a *admitted) end(err error) {
 	}
 }
 
-// why is why the stream may not go on; nil when it may.
-func (a *admitted) why() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.ended
-}
-
 var errAway = errors.New("the outlet is shutting down")
 
 func endCode(err error) stream.Code {
@@ -387,43 +382,68 @@ func endCode(err error) stream.Code {
 	return stream.CodeRevoked
 }
 
-// run dials the target and becomes its reader.
+// run dials the target, and hands the stream on to a reader: a dial makes this
+// goroutine's stack twice as large as a reader needs, who is there for as long as the
+// stream.
 func (a *admitted) run() {
-	s := a.server
-	defer s.leave()
-	defer a.lease.Release()
-	stop := context.AfterFunc(s.stop, func() { a.end(errAway) })
-	defer stop()
-	if s.Target == nil {
+	a.unstop = context.AfterFunc(a.server.stop, func() { a.end(errAway) })
+	if a.server.Target == nil {
 		a.offer()
+	} else if target := a.reach(); target != nil {
+		a.server.all.Go(func() {
+			a.serve(target)
+			a.leave()
+		})
 		return
 	}
+	a.leave()
+}
+
+// leave gives everything back.
+func (a *admitted) leave() {
+	a.unstop()
+	a.lease.Release()
+	a.server.leave()
+}
+
+// reach gives the target of a stream that wants it, and answers every other.
+func (a *admitted) reach() net.Conn {
+	s := a.server
 	target, err := a.dial()
-	if ended := a.why(); ended != nil {
+	a.mu.Lock()
+	a.cancel = nil // and what it holds
+	ended := a.ended
+	a.mu.Unlock()
+	if ended != nil {
 		if target != nil {
 			stream.Abort(target)
 		}
 		a.in.Refuse(endCode(ended), ended.Error())
-		return
+		return nil
 	}
 	switch {
 	case err != nil && a.in.Gone():
 		s.log.Info("the opener gave up before its target answered", "stream", a.in.Stream(), "peer", a.live.Peer())
-		return
+		return nil
 	case err != nil:
 		code, reason := targetCode(err)
 		s.log.Warn("the target cannot be reached", "stream", a.in.Stream(), "err", err)
 		a.in.Decline(code, reason)
-		return
+		return nil
 	}
 	if a.in.Header.Kind == stream.PingTarget {
 		a.in.Accept().Close()
 		target.Close()
-		return
+		return nil
 	}
 	stream.Arm(target)
+	return target
+}
+
+// serve joins the stream and its target.
+func (a *admitted) serve(target net.Conn) {
 	if err := a.accept().Join(target); err != nil {
-		s.log.Info("a stream was reset", "stream", a.in.Stream(), "peer", a.live.Peer(), "reason", err)
+		a.server.log.Info("a stream was reset", "stream", a.in.Stream(), "peer", a.live.Peer(), "reason", err)
 	}
 }
 
