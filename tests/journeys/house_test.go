@@ -1,5 +1,5 @@
-// Package journeys_test walks whole ways with real processes: an authority, an
-// outlet and inlets, as a person would start them.
+// Package journeys_test walks whole ways with real processes: an authority, a relay,
+// outlets and inlets, as a person would start them.
 package journeys_test
 
 import (
@@ -53,11 +53,23 @@ type house struct {
 	t         testing.TB
 	ctx       context.Context
 	dir       string
+	issuer    string           // the host whose home has the authority
 	authority string           // its address
 	keeper    *process.Process // the authority
+
+	within map[string][]string // what a host's commands begin with; see process.Portal
 }
 
 func newHouse(t testing.TB, flags ...string) *house {
+	t.Helper()
+	h := newHomes(t, "authority")
+	h.keeper = h.start("authority", append([]string{"authority", "--listen", "127.0.0.1:0"}, flags...)...)
+	h.authority = h.line(h.keeper, `authority ready on (\S+) `)
+	return h
+}
+
+// newHomes is a house in which nothing runs yet.
+func newHomes(t testing.TB, issuer string) *house {
 	t.Helper()
 	limit := 4 * time.Minute
 	if long() {
@@ -65,10 +77,7 @@ func newHouse(t testing.TB, flags ...string) *house {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	t.Cleanup(cancel)
-	h := &house{t: t, ctx: ctx, dir: t.TempDir()}
-	h.keeper = h.start("authority", append([]string{"authority", "--listen", "127.0.0.1:0"}, flags...)...)
-	h.authority = h.line(h.keeper, `authority ready on (\S+) `)
-	return h
+	return &house{t: t, ctx: ctx, dir: t.TempDir(), issuer: issuer}
 }
 
 func (h *house) home(host string) string {
@@ -79,10 +88,14 @@ func (h *house) home(host string) string {
 	return dir
 }
 
+func (h *house) portal(host string) *process.Portal {
+	return &process.Portal{Path: portal.Path, Within: h.within[host]}
+}
+
 // start starts a long-running command of a host and stops it at the test's end.
 func (h *house) start(host string, args ...string) *process.Process {
 	h.t.Helper()
-	p, err := portal.Start(h.home(host), args...)
+	p, err := h.portal(host).Start(h.home(host), args...)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -92,7 +105,7 @@ func (h *house) start(host string, args ...string) *process.Process {
 
 func (h *house) run(host string, args ...string) string {
 	h.t.Helper()
-	out, err := portal.Run(h.ctx, h.home(host), args...)
+	out, err := h.portal(host).Run(h.ctx, h.home(host), args...)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -112,15 +125,21 @@ func (h *house) line(p *process.Process, pattern string) string {
 	return m[0]
 }
 
-// enroll makes a host a member with what the flags grant.
-func (h *house) enroll(host string, grants ...string) {
+// ticket makes a file with a ticket for a host.
+func (h *house) ticket(host string, grants ...string) (file string) {
 	h.t.Helper()
-	ticket := h.run("authority", append([]string{"ticket", "create", "--name", host}, grants...)...)
-	file := filepath.Join(h.dir, host+".ticket")
+	ticket := h.run(h.issuer, append([]string{"ticket", "create", "--name", host}, grants...)...)
+	file = filepath.Join(h.dir, host+".ticket")
 	if err := os.WriteFile(file, []byte(ticket), 0o600); err != nil {
 		h.t.Fatal(err)
 	}
-	h.run(host, "enroll", file)
+	return file
+}
+
+// enroll makes a host a member with what the flags grant.
+func (h *house) enroll(host string, grants ...string) {
+	h.t.Helper()
+	h.run(host, "enroll", h.ticket(host, grants...))
 }
 
 // serial is that of the credential which a host's home has now.

@@ -12,7 +12,12 @@ import (
 )
 
 // Portal is a built portal command.
-type Portal struct{ Path string }
+type Portal struct {
+	Path string
+	// Within begins its command line: a program that becomes the command in
+	// surroundings of its making, such as ip netns exec NAME.
+	Within []string
+}
 
 // BuildPortal builds cmd/portal, as it is shipped, into dir.
 func BuildPortal(ctx context.Context, dir string) (*Portal, error) {
@@ -26,18 +31,24 @@ func BuildPortal(ctx context.Context, dir string) (*Portal, error) {
 	return p, nil
 }
 
+// command is one on a home, not started yet.
+func (p *Portal) command(ctx context.Context, home string, args []string) *exec.Cmd {
+	line := slices.Concat(p.Within, []string{p.Path, "--home", home}, args)
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
+	cmd.Env = Environ()
+	return cmd
+}
+
 // Start starts a long-running portal command on a home.
 func (p *Portal) Start(home string, args ...string) (*Process, error) {
-	cmd := exec.Command(p.Path, append([]string{"--home", home}, args...)...)
-	cmd.Env = Environ()
+	cmd := p.command(context.Background(), home, args)
 	return Start("portal "+strings.Join(args[:min(len(args), 2)], " "), cmd)
 }
 
 // Run runs a portal command on a home to its end and returns what it printed on stdout; its stderr
 // is in the error.
 func (p *Portal) Run(ctx context.Context, home string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, p.Path, append([]string{"--home", home}, args...)...)
-	cmd.Env = Environ()
+	cmd := p.command(ctx, home, args)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
