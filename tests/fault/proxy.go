@@ -1,8 +1,10 @@
 // Package fault damages connections on purpose: a TCP proxy that cuts, resets
-// or alters at a chosen byte. It can stand between any two ends of any tunnel.
+// or alters at a chosen byte, or listens in. It can stand between any two ends of
+// any tunnel.
 package fault
 
 import (
+	"bytes"
 	"errors"
 	"net"
 	"sync"
@@ -42,6 +44,8 @@ type Proxy struct {
 	conns map[net.Conn]struct{}
 	armed *fault
 	done  bool
+	tapes []*[]byte // of Record, one for each direction of a connection
+	taped bool
 }
 
 type fault struct {
@@ -73,6 +77,43 @@ func (p *Proxy) Arm(kind Kind, d Direction, n int64) <-chan struct{} {
 	p.armed = f
 	p.mu.Unlock()
 	return f.fired
+}
+
+// Record keeps what passes on the connections to come.
+func (p *Proxy) Record() {
+	p.mu.Lock()
+	p.taped = true
+	p.mu.Unlock()
+}
+
+// Recorded is a copy of what has passed, one direction of one connection each.
+func (p *Proxy) Recorded() (all [][]byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, t := range p.tapes {
+		all = append(all, bytes.Clone(*t))
+	}
+	return all
+}
+
+// tape is where one direction is kept; nil: it is not.
+func (p *Proxy) tape() *[]byte {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.taped {
+		return nil
+	}
+	t := new([]byte)
+	p.tapes = append(p.tapes, t)
+	return t
+}
+
+func (p *Proxy) write(t *[]byte, b []byte) {
+	if t != nil {
+		p.mu.Lock()
+		*t = append(*t, b...)
+		p.mu.Unlock()
+	}
 }
 
 // Close ends everything and waits for it.
@@ -133,9 +174,11 @@ var errCut = errors.New("cut")
 
 func (p *Proxy) forward(from, to net.Conn, d Direction) {
 	buf := make([]byte, 32<<10)
+	tape := p.tape()
 	for {
 		n, err := from.Read(buf)
 		pass, fault := p.judge(buf[:n], d)
+		p.write(tape, buf[:pass]) // before anybody can have it
 		if _, werr := to.Write(buf[:pass]); werr != nil {
 			err = werr
 		}

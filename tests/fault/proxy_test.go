@@ -107,3 +107,41 @@ func TestAFaultHappensOnce(t *testing.T) {
 		<-fired
 	}
 }
+
+func TestWhatPassesIsRecordedByDirection(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	p, err := New(ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	p.Record()
+	client, err := net.Dial("tcp", p.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	there, back := bytes.Repeat([]byte("there "), 20_000), []byte("back")
+	for _, way := range []struct {
+		from, to net.Conn
+		sent     []byte
+	}{{client, server, there}, {server, client, back}} {
+		go way.from.Write(way.sent)
+		if _, err := io.ReadFull(way.to, make([]byte, len(way.sent))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := p.Recorded()
+	if len(all) != 2 || !bytes.Equal(all[0], there) && !bytes.Equal(all[1], there) || !bytes.Equal(all[0], back) && !bytes.Equal(all[1], back) {
+		t.Errorf("%d directions were kept, %.40q", len(all), all)
+	}
+}

@@ -9,13 +9,15 @@ import (
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
-// meeting is a house whose members meet at a relay. The authority is in the relay's process.
+// meeting is a house whose members meet at a relay.
 type meeting struct {
 	*house
 	relay *process.Process
 	at    string // where the relay listens
+	pin   string // of a blind one: its identifier
 }
 
+// newMeeting has the authority in the relay's process.
 func newMeeting(t testing.TB) *meeting {
 	t.Helper()
 	m := &meeting{house: newHomes(t, "relay")}
@@ -28,6 +30,25 @@ func (m *meeting) open(listen string) {
 	m.t.Helper()
 	m.relay = m.start("relay", "relay", "--listen", listen, "--authority")
 	m.at = m.line(m.relay, `relay ready on (\S+)`)
+}
+
+// newBlindMeeting has a relay that is an identity and an address, and does not run yet. Its
+// authority is elsewhere, and comes to it as the others do.
+func newBlindMeeting(t testing.TB) *meeting {
+	t.Helper()
+	m := &meeting{house: newHomes(t, "office"), at: free(t)}
+	m.pin = strings.TrimSpace(m.run("relay", "identity", "show"))
+	return m
+}
+
+// openBlind starts the authority, which comes to the relay by an address, and the relay.
+func (m *meeting) openBlind(addr string, flags ...string) (trust string) {
+	m.t.Helper()
+	m.keeper = m.start("office", "authority", "--relay", m.pin+"@"+addr)
+	trust = m.line(m.keeper, `--trust (P[A-Z2-7]{52})$`)
+	m.relay = m.start("relay", append([]string{"relay", "--listen", m.at, "--trust", trust}, flags...)...)
+	m.line(m.keeper, `authority ready via`)
+	return trust
 }
 
 // outlet starts an outlet of a host for members whose role is agent, which is ready when it returns.

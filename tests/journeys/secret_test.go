@@ -134,14 +134,18 @@ func seed(t testing.TB, file string) []string {
 	if block == nil || !bytes.HasPrefix(block.Bytes, []byte{0x82, 0x58, 32}) {
 		t.Fatalf("%s has another form than this test knows", file)
 	}
-	key := block.Bytes[3:][:32]
+	return written(block.Bytes[3:][:32])
+}
+
+// written is a secret of at least 26 bytes in the forms in which a program would write it.
+func written(secret []byte) []string {
 	forms := []string{
-		string(key), hex.EncodeToString(key), strings.Trim(fmt.Sprint(key), "[]"),
-		strings.TrimRight(base32.StdEncoding.EncodeToString(key), "="),
+		string(secret), hex.EncodeToString(secret), strings.Trim(fmt.Sprint(secret), "[]"),
+		strings.TrimRight(base32.StdEncoding.EncodeToString(secret), "="),
 	}
 	// In base64 a run of bytes has three forms, by where it begins.
 	for i := range 3 {
-		forms = append(forms, base64.RawStdEncoding.EncodeToString(key[i:i+24]), base64.RawURLEncoding.EncodeToString(key[i:i+24]))
+		forms = append(forms, base64.RawStdEncoding.EncodeToString(secret[i:i+24]), base64.RawURLEncoding.EncodeToString(secret[i:i+24]))
 	}
 	return forms
 }
