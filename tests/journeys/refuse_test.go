@@ -133,7 +133,11 @@ func TestATargetThatIsDownIsToldInTheClientsProtocolAndTriedAgain(t *testing.T) 
 	}
 	defer s.close()
 	for kind, addr := range addrs {
-		c := dial(t, addr, []byte("E"))
+		first := "E"
+		if kind == "http" { // an inlet that speaks it passes nothing on before a whole head
+			first += " / HTTP/1.1\r\nHost: " + addr + "\r\n\r\n"
+		}
+		c := dial(t, addr, []byte(first))
 		if err := echo(c); err != nil {
 			t.Errorf("%s, now that the target is up: %v", kind, err)
 		}
