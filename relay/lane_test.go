@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -465,6 +466,37 @@ func TestTheSecondRelayIsWhoTheFirstSaysAndProvesItselfToo(t *testing.T) {
 func refusedHere(err error) bool {
 	var r *channel.Refused
 	return errors.As(err, &r)
+}
+
+func TestANameIsNotRegisteredAgainOverAWayThatIsGoingAway(t *testing.T) {
+	in(t, func(w *town) {
+		first, second := w.twoHops(`true`)
+		db := w.member(serves("way"))
+		a := w.client(db, nil)
+		b := &relay.Client{Addr: "b", Dial: a.Hop("b"), Node: w.node(), Self: db, Trust: w.trust()}
+		var states []link.StateKind
+		b.Listen("way", func(s link.State) { states = append(states, s.Kind) })
+		w.run(b.Run)
+		w.sleep(time.Second)
+		if !slices.Equal(states, []link.StateKind{link.Ready}) || second.Registrations("way") != 1 {
+			t.Fatalf("at first %v", states)
+		}
+		drained := make(chan int, 1)
+		go func() { drained <- first.Drain(context.Background()) }()
+		// There is no other way: the name is given back, and the lane let go of.
+		w.sleep(time.Minute)
+		if slices.Contains(states[1:], link.Ready) || second.Registrations("way") != 0 {
+			t.Errorf("the states were %v", states)
+		}
+		select {
+		case left := <-drained:
+			if left != 0 {
+				t.Errorf("%d lanes were cut", left)
+			}
+		default:
+			t.Error("the first relay is held up")
+		}
+	})
 }
 
 func TestEachRelayJudgesTheCallerItself(t *testing.T) {

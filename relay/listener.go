@@ -121,6 +121,12 @@ func (l *Listener) run(ctx context.Context) {
 	wait := registerWait
 	for ctx.Err() == nil {
 		live, err := l.client.keeper.Get(ctx)
+		if err == nil && isLeaving(live) {
+			// It stays until there is another or its streams are over. A name that is
+			// registered there would be given back at once, and keep it from that.
+			l.client.keeper.Wait(ctx, live)
+			continue
+		}
 		held, begin := false, time.Now()
 		if err == nil {
 			held, err = l.register(ctx, live, &lanes)
@@ -205,6 +211,8 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 		if err != nil {
 			if l := live.Err(); l != nil {
 				err = l
+			} else if isLeaving(live) {
+				err = errLeaving
 			}
 			return true, c.failed("serving", l.name, err)
 		}
@@ -217,6 +225,17 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 			defer func() { <-l.slots }()
 			l.take(ctx, o, open)
 		})
+	}
+}
+
+var errLeaving = errors.New("it, or the way to it, is going away")
+
+func isLeaving(l *link.Live) bool {
+	select {
+	case <-l.Leaving():
+		return true
+	default:
+		return false
 	}
 }
 
