@@ -3,6 +3,7 @@ package relay_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -526,6 +527,84 @@ func TestLanesLiveOnWhenTheNameIsGivenBack(t *testing.T) {
 					stream.Abort(c)
 				}
 				w.until("no lane is left", func() bool { return s.Lanes() == 0 })
+			})
+		})
+	}
+}
+
+// heard is a connection that remembers how its reading ended.
+type heard struct {
+	*memnet.Conn
+	end chan error
+}
+
+func (c *heard) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil {
+		select {
+		case c.end <- err:
+		default:
+		}
+	}
+	return n, err
+}
+
+func TestACarrierThatIsLeftEmptyEndsInGoodOrder(t *testing.T) {
+	for _, lanes := range []int{0, 1} {
+		t.Run(fmt.Sprintf("behind %d", lanes), func(t *testing.T) {
+			with(t, relay.Yamux, func(w *town) {
+				s, _ := w.relay(nil)
+				db := &relay.Client{Addr: relayAddr, Node: w.node(), Self: w.member(serves("db")), Trust: w.trust(), Carrier: relay.Yamux}
+				dialled := make(chan *heard, 2) // the control channel's, the carrier's
+				db.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+					c, err := w.net.Dial(ctx, network, addr)
+					if err != nil {
+						return nil, err
+					}
+					h := &heard{c.(*memnet.Conn), make(chan error, 1)}
+					dialled <- h
+					return h, nil
+				}
+				ln := db.Listen("db", nil)
+				w.run(db.Run)
+				w.until("the name is there", func() bool { return s.Registrations("db") == 1 })
+				var ends []net.Conn
+				if lanes > 0 {
+					near, err := w.client(w.member(agent), nil).Lane(context.Background(), "db", identity.ID{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					far, err := ln.Accept()
+					if err != nil {
+						t.Fatal(err)
+					}
+					ends = []net.Conn{near, far}
+					w.passes([2]net.Conn{near, far})
+				}
+				ln.Close()
+				w.until("the name is gone", func() bool { return s.Registrations("db") == 0 })
+				if lanes > 0 {
+					near, far := ends[0], ends[1]
+					last := make([]byte, 100_000)
+					go func() {
+						near.Write(last)
+						closeWrite(near)
+					}()
+					if b, err := io.ReadAll(far); len(b) != len(last) || err != nil {
+						t.Errorf("%d bytes, %v", len(b), err)
+					}
+					closeWrite(far)
+					if _, err := io.ReadAll(near); err != nil {
+						t.Error(err)
+					}
+				}
+				<-dialled
+				if err := <-(<-dialled).end; err != io.EOF {
+					t.Errorf("the carrier ended with %v", err)
+				}
+				for _, c := range ends {
+					stream.Abort(c)
+				}
 			})
 		})
 	}
