@@ -195,5 +195,5 @@ func (r *registration) lane(y *yamux.Stream) {
 		return
 	}
 	c.SetReadDeadline(time.Time{})
-	r.server.show(r.server.stop, p, c)
+	r.server.show(r.server.stop, p, 0, c)
 }

@@ -165,24 +165,26 @@ func (s *Server) trusts(id identity.ID) bool {
 	return false
 }
 
-// invite answers with an id and returns the connection that shows it.
-func (p *passage) invite(key [32]byte) (net.Conn, error) {
+// invite answers with an id and returns the connection that shows it, and how many
+// other relays have passed that on.
+func (p *passage) invite(key [32]byte) (shown net.Conn, hops int, err error) {
 	e := p.server.expect(channel.KindLane)
 	c := p.in.Accept()
 	c.SetDeadline(time.Now().Add(showTime))
-	_, err := c.Write(offer{offerLane, e.id, key}.append(nil))
+	_, err = c.Write(offer{offerLane, e.id, key}.append(nil))
 	c.Close()
 	if err != nil {
 		e.forget()
-		return nil, err
+		return nil, 0, err
 	}
-	return e.wait(p.ctx, showTime, p.asker.Done())
+	shown, err = e.wait(p.ctx, showTime, p.asker.Done())
+	return shown, e.hops, err
 }
 
 // local hands the lane to an authority of this process.
 func (p *passage) local(take func(context.Context, net.Conn)) {
 	key := newKey()
-	c, err := p.invite(key)
+	c, _, err := p.invite(key)
 	p.met()
 	if err != nil {
 		p.failed("the caller", err)
@@ -209,7 +211,7 @@ func (p *passage) remote(key poolKey, want identity.ID, brief bool) {
 		return
 	}
 	secret := newKey()
-	caller, err := p.invite(secret)
+	caller, _, err := p.invite(secret)
 	if err != nil {
 		p.met()
 		p.failed("the caller", err)
@@ -257,6 +259,11 @@ func (s *Server) next(l *link.Live, in *stream.Incoming) {
 			in.Refuse(stream.CodeAbsent, "this relay knows no next one of that name")
 			return
 		}
+		if l.Hops >= channel.MaxHops { // and so would the lane be
+			p.met()
+			in.Refuse(stream.CodeRefused, errHops.Error())
+			return
+		}
 		ctx, cancel := context.WithTimeout(p.ctx, dialTime)
 		other, err := s.Dial(ctx, "tcp", hop.Addr)
 		cancel()
@@ -267,15 +274,36 @@ func (s *Server) next(l *link.Live, in *stream.Incoming) {
 			return
 		}
 		stream.Arm(other)
-		caller, err := p.invite(hop.ID)
+		caller, hops, err := p.invite(hop.ID)
 		p.met()
 		if err != nil {
 			stream.Abort(other)
 			p.failed("the caller", err)
 			return
 		}
+		// Counted on the connection itself: one that was asked for by another way must
+		// not begin anew.
+		if err := passOn(other, hops+1); err != nil {
+			stream.Abort(caller)
+			stream.Abort(other)
+			p.failed("the next relay", err)
+			return
+		}
 		join(p.ctx, caller, other)
 	})
+}
+
+var errHops = fmt.Errorf("%d relays have passed this on: it goes round in a loop", channel.MaxHops)
+
+// passOn tells the next relay how many have passed a connection on.
+func passOn(next net.Conn, hops int) error {
+	if hops > channel.MaxHops {
+		return errHops
+	}
+	next.SetWriteDeadline(time.Now().Add(dialTime))
+	_, err := next.Write(channel.HopPreface(hops).Append(nil))
+	next.SetWriteDeadline(time.Time{})
+	return err
 }
 
 // reach has one of those who serve a name come for the lane. Whoever does not is

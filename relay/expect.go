@@ -20,6 +20,7 @@ type expected struct {
 	kind   channel.Kind
 	id     laneID
 	conn   chan net.Conn // takes one
+	hops   int           // relays that have passed that one on; set before
 }
 
 func (s *Server) expect(kind channel.Kind) *expected {
@@ -71,13 +72,14 @@ func (e *expected) forget() {
 
 // show takes a connection that begins with an id. One that nobody expects is cut
 // off without a word: an id cannot be guessed, and need not be explained.
-func (s *Server) show(_ context.Context, p channel.Preface, c net.Conn) {
+func (s *Server) show(_ context.Context, p channel.Preface, hops int, c net.Conn) {
 	stream.Arm(c)
 	s.mu.Lock()
 	e := s.expected[p.ID]
 	known := e != nil && e.kind == p.Kind
 	if known {
 		delete(s.expected, p.ID)
+		e.hops = hops
 		e.conn <- c // has room for the one
 	}
 	s.mu.Unlock()

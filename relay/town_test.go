@@ -32,6 +32,7 @@ type town struct {
 	virtual   bool
 	s         *relay.Server // of a test that wants it later
 	net       memnet.Network
+	tap       func(dialer, listener *memnet.Conn) // told each connection; nil: nobody
 	authority *identity.Self
 	nodes     []*routing.Node
 	stops     []func() // the last first
@@ -66,7 +67,10 @@ func runTown(w *town, f func(w *town)) {
 	if w.authority, err = identity.NewSelf(); err != nil {
 		w.Fatal(err)
 	}
-	w.net.OnConnect = func(_ string, dialer, _ *memnet.Conn) {
+	w.net.OnConnect = func(_ string, dialer, listener *memnet.Conn) {
+		if w.tap != nil {
+			w.tap(dialer, listener)
+		}
 		w.mu.Lock()
 		w.dialled = append(w.dialled, dialer)
 		w.mu.Unlock()
@@ -207,6 +211,21 @@ func (w *town) outlet(name string, self *identity.Self, target outlet.Target, ch
 	stopClient := w.run(c.Run)
 	<-ready
 	return s, func() { stopClient(); stopOutlet() }
+}
+
+const outletAddr = "10.0.0.2:4100"
+
+// direct serves a name at outletAddr, without a relay.
+func (w *town) direct(name string, self *identity.Self, target outlet.Target) *outlet.Server {
+	w.Helper()
+	allow, err := abac.Short("open", name, `principal.role == "agent"`)
+	if err != nil {
+		w.Fatal(err)
+	}
+	s := &outlet.Server{Node: w.node(), Name: name, Target: target, Self: self, Trust: w.trust(), Allow: allow}
+	ln := w.listen(outletAddr)
+	w.run(func(ctx context.Context) error { return s.Serve(ctx, ln) })
+	return s
 }
 
 // inlet reaches a name through clients of relays.

@@ -18,7 +18,7 @@ import (
 func FuzzParsePreface(f *testing.F) {
 	for _, p := range []Preface{
 		{Kind: Relay, Suite: AESGCM}, {Kind: Service, Suite: ChaChaPoly}, {Kind: Authority, Suite: AESGCM},
-		{Kind: KindLane, ID: [16]byte{1}}, {Kind: Carrier}, {Kind: 3, Suite: 3}, {Kind: Service, Suite: AESGCM, ID: [16]byte{15: 1}},
+		{Kind: KindLane, ID: [16]byte{1}}, {Kind: Carrier}, HopPreface(1), HopPreface(MaxHops + 1), {Kind: 3, Suite: 3}, {Kind: Service, Suite: AESGCM, ID: [16]byte{15: 1}},
 	} {
 		f.Add(p.Append(nil))
 	}

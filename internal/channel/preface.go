@@ -9,15 +9,21 @@ import (
 // Kind says which service the initiator wants at the other end of a lane.
 type Kind uint8
 
-// The kinds of SPEC.md, "Preface". Lane and Carrier are for a relay and carry
-// an id; they precede the channel's own preface and enter no prologue.
+// The kinds of SPEC.md, "Preface". Lane, Carrier and Hop are for a relay; they
+// precede the channel's own preface and enter no prologue. Lane and Carrier carry an
+// id, Hop the number of relays that have passed the connection on.
 const (
 	Relay     Kind = 1
 	Service   Kind = 2
 	Authority Kind = 3
 	KindLane  Kind = 16
 	Carrier   Kind = 17
+	Hop       Kind = 18
 )
+
+// MaxHops is how many relays may pass a connection on: ways through that many serve
+// nobody, and in a loop each byte costs as many.
+const MaxHops = 8
 
 func (k Kind) String() string {
 	switch k {
@@ -31,6 +37,8 @@ func (k Kind) String() string {
 		return "lane"
 	case Carrier:
 		return "carrier"
+	case Hop:
+		return "hop"
 	}
 	return fmt.Sprintf("kind %d", uint8(k))
 }
@@ -67,6 +75,12 @@ type Preface struct {
 // ErrPreface is returned for bytes that do not begin a lane of this version.
 var ErrPreface = errors.New("not a portal lane of version 1")
 
+// HopPreface is what a relay, the nth on the way, begins a connection to the next with.
+func HopPreface(n int) Preface { return Preface{Kind: Hop, ID: [16]byte{byte(n)}} }
+
+// Hops is how many relays have passed the connection on, by a preface of kind Hop.
+func (p Preface) Hops() int { return int(p.ID[0]) }
+
 // Append appends the 24 bytes of p.
 func (p Preface) Append(b []byte) []byte {
 	b = append(b, magic...)
@@ -99,6 +113,10 @@ func ParsePreface(b [PrefaceSize]byte) (Preface, error) {
 		}
 	case p.Kind == KindLane || p.Kind == Carrier:
 		if p.Suite != 0 {
+			return Preface{}, ErrPreface
+		}
+	case p.Kind == Hop:
+		if n := p.Hops(); p.Suite != 0 || n < 1 || n > MaxHops || p.ID != HopPreface(n).ID {
 			return Preface{}, ErrPreface
 		}
 	default:

@@ -26,6 +26,8 @@ type Live struct {
 	// Took is how long the handshake lasted, on a lane that was there: with what the
 	// other end had to do before it could answer, such as coming for the lane.
 	Took time.Duration
+	// Hops is how many relays have passed the lane on to this one.
+	Hops int
 
 	away    chan struct{}   // closed when the other end is going away
 	leaving <-chan struct{} // closed when the lane's carrier is; nil: never

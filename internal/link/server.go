@@ -60,8 +60,9 @@ type Server struct {
 	Services map[channel.Kind]Service
 	// Lane takes connections that are no channels of this node but parts of a
 	// relay's (kinds lane and carrier), on the connection's own goroutine. It owns
-	// the connection, which it ends with ctx at the latest. Nil closes them.
-	Lane   func(ctx context.Context, p channel.Preface, c net.Conn)
+	// the connection, which it ends with ctx at the latest, and is told how many other
+	// relays have passed it on. Nil closes them, and those that were passed on.
+	Lane   func(ctx context.Context, p channel.Preface, hops int, c net.Conn)
 	Limits Limits
 	// Many reports whether an address is one that many strangers come from, as a
 	// relay's is: each connection then counts as a source of its own. Nil: none is.
@@ -164,17 +165,17 @@ func (s *Server) draining() bool {
 // that ends, or ends it with ctx.
 func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
 	limited, cancel := context.WithTimeout(ctx, proveTime)
-	p, err := s.preface(limited, c)
+	p, hops, err := s.preface(limited, c)
 	if err == nil && s.Lane != nil && (p.Kind == channel.KindLane || p.Kind == channel.Carrier) {
 		cancel()
 		s.leave(c)
-		s.Lane(ctx, p, c)
+		s.Lane(ctx, p, hops, c)
 		return
 	}
 	var l *Live
 	var opened bool
 	if err == nil {
-		l, opened, err = s.prove(limited, p, c)
+		l, opened, err = s.prove(limited, p, hops, c)
 	}
 	cancel()
 	if err != nil {
@@ -222,25 +223,30 @@ func (s *Server) await(ctx context.Context, l *Live, idle time.Duration) {
 	}
 }
 
-// preface reads what a connection is for, for as long as ctx.
-func (s *Server) preface(ctx context.Context, c net.Conn) (channel.Preface, error) {
+// preface reads what a connection is for, for as long as ctx, and how many relays
+// have passed it on to this one.
+func (s *Server) preface(ctx context.Context, c net.Conn) (p channel.Preface, hops int, err error) {
 	deadline, _ := ctx.Deadline()
 	c.SetDeadline(deadline)
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-	p, err := channel.ReadPreface(c)
+	p, err = channel.ReadPreface(c)
+	if err == nil && p.Kind == channel.Hop && s.Lane != nil {
+		hops = p.Hops()
+		p, err = channel.ReadPreface(c)
+	}
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
 	if err != nil {
 		c.Close()
-		return p, err
+		return p, 0, err
 	}
 	c.SetDeadline(time.Time{})
-	return p, nil
+	return p, hops, nil
 }
 
 // prove lets a stranger show who it is, for as long as ctx.
-func (s *Server) prove(ctx context.Context, p channel.Preface, c net.Conn) (l *Live, opened bool, err error) {
+func (s *Server) prove(ctx context.Context, p channel.Preface, hops int, c net.Conn) (l *Live, opened bool, err error) {
 	service, ok := s.Services[p.Kind]
 	if !ok {
 		c.Close()
@@ -257,6 +263,7 @@ func (s *Server) prove(ctx context.Context, p channel.Preface, c net.Conn) (l *L
 		from = a.String()
 	}
 	l = start(e, &config, false, from, s.Limits.Stream, service.Accept, func(l *Live) {
+		l.Hops = hops
 		if err := s.confirmed(c, l); err != nil {
 			e.Abort(channel.CloseAbuse, err)
 			return
