@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
@@ -291,6 +292,35 @@ func TestCutResetsEveryKindOfWaiter(t *testing.T) {
 		}
 		in.Accept() // must leave nothing behind
 	})
+}
+
+// A channel that ends takes no more bytes some time before its streams are reset.
+func TestAWriteIntoAChannelThatEndsIsAReset(t *testing.T) {
+	for name, end := range map[string]func(w *world){
+		"given up by this end": func(w *world) {
+			w.a.Stall() // so that the other end does not end it sooner
+			w.x.end.Abort(channel.CloseInternal, errors.New("given up"))
+		},
+		"a lane that takes nothing": func(w *world) {
+			w.b.Stall() // so that it is heard of by writing only
+			w.b.Close()
+			w.a.CloseWrite()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			virtual(t, memnet.Link{}, stream.Limits{}, func(w *world) {
+				c, _ := w.open()
+				end(w)
+				var err error
+				for i := 0; i < 3 && err == nil; i++ { // what fails on the way is heard of by the next
+					_, err = c.Write([]byte("x"))
+				}
+				if !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("it ends with %v", err)
+				}
+			})
+		})
+	}
 }
 
 // TestSilenceIsFoundInHalfAMinute: a lane that swallows everything.

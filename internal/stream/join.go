@@ -119,11 +119,11 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 			err := c.push(b, n)
 			c.doneWriting()
 			if err != nil { // what was read is lost
-				code := CodeChannel
-				if errors.Is(err, errEnding) {
-					code = CodeLocal
+				var why *ResetError
+				if !errors.As(err, &why) {
+					why = &ResetError{Code: CodeLocal, Reason: err.Error(), Local: true}
 				}
-				c.kill(&ResetError{Code: code, Reason: err.Error(), Local: true}, true)
+				c.kill(why, true)
 				return
 			}
 		}

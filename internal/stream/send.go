@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"errors"
 	"os"
 	"time"
 
@@ -91,7 +92,8 @@ func (c *Conn) push(b *buffer.Buffer, n int) error {
 	return nil
 }
 
-// sendError prefers the stream's own reason to the channel's.
+// sendError prefers the stream's own reason to the channel's. A channel that takes
+// nothing more is about to end, and to reset this stream.
 func (c *Conn) sendError(err error) error {
 	c.send.Lock()
 	defer c.send.Unlock()
@@ -100,8 +102,10 @@ func (c *Conn) sendError(err error) error {
 		return c.failed
 	case c.ending:
 		return errEnding
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return err
 	}
-	return err
+	return &ResetError{Code: CodeChannel, Reason: err.Error()}
 }
 
 // doneWriting lets the next writer in and sends the end that was asked for
