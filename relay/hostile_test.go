@@ -16,6 +16,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/yamux"
+
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/channel"
@@ -990,4 +992,39 @@ func TestAHopLeadsToWhoeverIsPinnedOrProvesToBeARelay(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestARelayOpensNoStreamInACarrier(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		h := w.hostileAt(relayAddr, honest)
+		at := w.client(w.member(serves("db")), by(relay.Yamux))
+		ln := at.Listen("db", nil)
+		var registration *stream.Conn
+		w.until("it is registered", func() bool {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if len(h.registered["db"]) > 0 {
+				registration = h.registered["db"][0]
+			}
+			return registration != nil
+		})
+		id, shown := h.expect()
+		registration.Write(makeOffer(2, id, [32]byte{}))
+		config := yamux.DefaultConfig()
+		config.LogOutput = io.Discard
+		session, err := yamux.Server(h.await(shown), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if y, err := session.OpenStream(); err == nil {
+			y.Write(append(channel.Preface{Kind: channel.KindLane, ID: random16()}.Append(nil), make([]byte, 1000)...))
+		}
+		select {
+		case <-session.CloseChan():
+		case <-time.After(10 * time.Second):
+			t.Error("it goes on")
+		}
+		session.Close()
+		ln.Close()
+	})
 }

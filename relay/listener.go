@@ -193,13 +193,11 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 		}
 		open = func(ctx context.Context, o offer) (net.Conn, error) { return carriedLane(ctx, session, live, o) }
 		// Lanes outlive the registration and the listener: the relay ends the carrier
-		// behind the last, the end of Run at the latest.
+		// behind the last, the end of Run at the latest. A stream that the relay opens
+		// itself is nobody's, and would hold a window: with that it ends, too.
 		c.all.Go(func() {
-			select {
-			case <-session.CloseChan():
-			case <-c.ctx.Done():
-				session.Close()
-			}
+			session.AcceptStreamWithContext(c.ctx)
+			session.Close()
 		})
 	}
 	l.tell(link.State{Kind: link.Ready, Path: c.Addr, Peer: live.Peer()})
