@@ -258,22 +258,19 @@ func request(action, name string) abac.Request {
 // asked takes each stream that a member opens on its control channel. It never
 // waits: what takes time has a goroutine of its own.
 func (s *Server) asked(l *link.Live, in *stream.Incoming) {
-	err := identity.ValidName(in.Header.Name)
-	if in.Header.Kind == stream.Names {
-		err = nil
-	}
-	if err != nil {
+	ofNames := in.Header.Kind == stream.Names && in.Header.Name == "" && len(in.Header.Body) == 0
+	if identity.ValidName(in.Header.Name) != nil && !ofNames {
 		in.Refuse(stream.CodeRefused, "that is no name")
 		return
 	}
-	switch in.Header.Kind {
-	case stream.Register:
+	switch kind := in.Header.Kind; {
+	case kind == stream.Register:
 		s.register(l, in)
-	case stream.Connect:
+	case kind == stream.Connect:
 		s.connect(l, in)
-	case stream.Next:
+	case kind == stream.Next:
 		s.next(l, in)
-	case stream.Names:
+	case ofNames:
 		s.names(l, in)
 	default:
 		in.Refuse(stream.CodeRefused, "a relay does not serve this")
