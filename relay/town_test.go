@@ -32,6 +32,7 @@ type town struct {
 	virtual   bool
 	s         *relay.Server // of a test that wants it later
 	net       memnet.Network
+	limits    outlet.Limits                       // of the outlets that come
 	tap       func(dialer, listener *memnet.Conn) // told each connection; nil: nobody
 	authority *identity.Self
 	nodes     []*routing.Node
@@ -195,7 +196,7 @@ func (w *town) outlet(name string, self *identity.Self, target outlet.Target, ch
 	if err != nil {
 		w.Fatal(err)
 	}
-	s = &outlet.Server{Node: w.node(), Name: name, Target: target, Self: self, Trust: w.trust(), Allow: allow}
+	s = &outlet.Server{Node: w.node(), Name: name, Target: target, Self: self, Trust: w.trust(), Allow: allow, Limits: w.limits}
 	c := &relay.Client{Addr: relayAddr, Dial: w.net.Dial, Node: s.Node, Self: self, Trust: w.trust()}
 	if change != nil {
 		change(c)
