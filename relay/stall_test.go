@@ -229,7 +229,7 @@ func TestALaneThatIsNotReadStallsOnlyItself(t *testing.T) {
 // streams are those of one channel through a relay.
 func (w *town) streams(carrier relay.Carrier, on func(*relay.Client)) *flows {
 	w.Helper()
-	w.limits.Streams = 200
+	w.limits.Streams = max(w.limits.Streams, 200)
 	bot := w.member(agent)
 	f := new(flows)
 	w.outlet("db", w.member(serves("db")), func(context.Context, *outlet.Request) (net.Conn, error) {
