@@ -2,6 +2,8 @@ package relay
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -60,6 +62,61 @@ func carrierConfig(log *slog.Logger) *yamux.Config {
 	return c
 }
 
+const (
+	// yamux answers each ping on a goroutine of its own, which stays for 15 s while
+	// nothing can be written. An honest end pings once in 10 s.
+	pingBurst     = 16
+	pingPerSecond = 1
+)
+
+var errPings = errors.New("the carrier pings without end")
+
+// wary is a carrier's connection that fails when the other end pings without end. It
+// follows yamux's frames: version (1) | type (1) | flags (2) | stream (4) | length (4),
+// and behind that, for data alone, as many bytes.
+type wary struct {
+	net.Conn
+	head  [12]byte // of the frame that is being read
+	has   int      // bytes of it
+	body  uint32   // bytes of the frame still to come
+	pings float64  // the bucket's level
+	at    time.Time
+}
+
+func (c *wary) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	for rest := b[:n]; len(rest) > 0; {
+		if c.body > 0 {
+			k := min(int64(c.body), int64(len(rest)))
+			c.body -= uint32(k)
+			rest = rest[k:]
+			continue
+		}
+		k := copy(c.head[c.has:], rest)
+		rest = rest[k:]
+		if c.has += k; c.has < len(c.head) {
+			break
+		}
+		c.has = 0
+		const data, ping, asks = 0, 2, 1
+		switch kind, flags := c.head[1], binary.BigEndian.Uint16(c.head[2:]); {
+		case kind == data:
+			c.body = binary.BigEndian.Uint32(c.head[8:])
+		case kind == ping && flags&asks != 0 && !c.pinged():
+			return 0, errPings
+		}
+	}
+	return n, err
+}
+
+// pinged counts a ping, and is false when that is one too many.
+func (c *wary) pinged() bool {
+	now := time.Now()
+	c.pings = max(0, c.pings-now.Sub(c.at).Seconds()*pingPerSecond) + 1
+	c.at = now
+	return c.pings <= pingBurst
+}
+
 // carried is a lane in a carrier. yamux's Close is a half-close: reading goes on
 // until the other end closes too.
 type carried struct {
@@ -106,7 +163,7 @@ func (r *registration) attach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	session, err := yamux.Server(conn, carrierConfig(s.log))
+	session, err := yamux.Server(&wary{Conn: conn}, carrierConfig(s.log))
 	if err != nil {
 		stream.Abort(conn)
 		return err

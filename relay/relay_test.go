@@ -1,11 +1,13 @@
 package relay_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -639,6 +641,62 @@ func TestACarrierWithStreamsThatWereNotOfferedEnds(t *testing.T) {
 		}
 		session.Close()
 		c.Reset(stream.CodeLocal, "")
+	})
+}
+
+// yamux answers each ping on a goroutine of its own, which stays while nothing can be
+// written.
+func TestACarrierThatPingsWithoutEndEnds(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		w.relay(nil)
+		p := w.puppet(w.member(serves("db")))
+		c, err := p.ask(stream.Header{Kind: stream.Register, Name: "db", Body: append(make([]byte, 16), 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 49)
+		if _, err := io.ReadFull(c, b); err != nil || b[0] != 2 {
+			t.Fatalf("%x, %v", b, err)
+		}
+		conn := w.show(channel.Carrier, [16]byte(b[1:17])) // and it reads nothing
+		before := runtime.NumGoroutine()
+		pings := bytes.Repeat([]byte{0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0}, 1000)
+		most := 0
+		conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		for i := 0; i < 50 && err == nil; i++ {
+			_, err = conn.Write(pings)
+			most = max(most, runtime.NumGoroutine()-before)
+		}
+		if err == nil || isTimeout(err) {
+			t.Errorf("50,000 pings are taken: %v", err)
+		}
+		if most > 200 {
+			t.Errorf("%d goroutines came of them", most)
+		}
+		stream.Abort(conn)
+		c.Reset(stream.CodeLocal, "")
+	})
+}
+
+func TestALaneInACarrierCarriesWhatLooksLikePings(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		w.relay(nil)
+		_, ends := lanePair(w, w.member(agent), w.member(serves("db")), relay.Yamux)
+		said := bytes.Repeat([]byte{0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0}, 100_000) // 11 bytes: it begins anywhere in a read
+		for i := range ends {
+			go func() {
+				ends[i].Write(said)
+				closeWrite(ends[i])
+			}()
+		}
+		for i := range ends {
+			if b, err := io.ReadAll(ends[i]); !bytes.Equal(b, said) || err != nil {
+				t.Errorf("end %d reads %d bytes, %v", i, len(b), err)
+			}
+		}
+		for _, c := range ends {
+			stream.Abort(c)
+		}
 	})
 }
 
