@@ -12,8 +12,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/lease"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/routing"
@@ -43,10 +45,12 @@ type Client struct {
 	once     sync.Once
 	log      *slog.Logger
 	keeper   link.Keeper
+	book     lease.Book // of relays that a credential makes one
 	instance [16]byte
 
 	mu        sync.Mutex
 	ctx       context.Context // of Run; nil before
+	stands    *link.Live      // for which the book has a lease
 	listeners map[*Listener]struct{}
 	waiting   map[*func()]struct{} // told when there is a control channel
 	all       sync.WaitGroup       // what Run waits for
@@ -76,6 +80,12 @@ func (c *Client) init() {
 			OnState: c.tell,
 			Logger:  c.log,
 		}
+		everybody := everybody("connect")
+		c.book = lease.Book{
+			Policy: func() *abac.Policy { return everybody },
+			Rule:   func(p *identity.Peer, _ *abac.Request) error { return c.judge(p) },
+			Now:    c.Now, Logger: c.log,
+		}
 	})
 }
 
@@ -85,6 +95,7 @@ func (c *Client) tell(s link.State) {
 		c.OnState(s)
 	}
 	if s.Kind == link.Ready {
+		c.stand(c.keeper.Live())
 		c.mu.Lock()
 		waiting := slices.Collect(maps.Keys(c.waiting))
 		c.mu.Unlock()
@@ -101,6 +112,33 @@ func (c *Client) tell(s link.State) {
 	for _, l := range listeners {
 		l.tell(s)
 	}
+}
+
+// stand ends a control channel with a relay that is no longer one by its credential: a
+// later one does not say so, or none came in time.
+func (c *Client) stand(l *link.Live) {
+	c.mu.Lock()
+	known := l == nil || c.stands == l
+	if !known {
+		c.stands = l
+	}
+	c.mu.Unlock()
+	if known || !c.ID.IsZero() {
+		return
+	}
+	over := make(chan error, 1)
+	held, _, err := c.book.Admit(nil, l.Peer(), request("connect", ""), func(err error) { over <- err })
+	if err != nil {
+		over <- err
+	}
+	c.all.Go(func() {
+		defer held.Release()
+		select {
+		case err := <-over:
+			l.Close(&channel.Refused{Err: fmt.Errorf("it may be a relay no longer: %w", err)})
+		case <-l.Done():
+		}
+	})
 }
 
 // OnReady has f told, until stop is called, whenever there is a control channel
@@ -141,6 +179,9 @@ func (c *Client) Run(ctx context.Context) error {
 		c.all.Go(func() { l.run(ctx) })
 	}
 	c.mu.Unlock()
+	if c.ID.IsZero() {
+		c.all.Go(func() { c.book.Run(ctx) })
+	}
 	err := c.keeper.Run(ctx)
 	c.all.Wait()
 	return err

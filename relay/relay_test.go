@@ -365,6 +365,48 @@ func TestARelayMustProveThatItIsOne(t *testing.T) {
 	}
 }
 
+func TestARelayIsLeftWithTheCredentialThatMadeItOne(t *testing.T) {
+	isRelay := identity.Attributes{"relay": true}
+	for name, c := range map[string]struct {
+		renew identity.Attributes // after half a minute of one; nil: not
+		pin   bool
+		stays bool
+	}{
+		"it expires":             {nil, false, false},
+		"it expires, pinned":     {nil, true, true},
+		"it is renewed":          {isRelay, false, true},
+		"the next is no relay's": {agent, false, false},
+		"no relay's, but pinned": {agent, true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(w *town) {
+				self := w.stranger()
+				w.issue(self, isRelay, time.Minute)
+				w.relay(func(s *relay.Server) { s.Self = self })
+				client := w.client(w.member(agent), func(cl *relay.Client) {
+					if c.pin {
+						cl.ID = self.ID()
+					}
+				})
+				w.sleep(30 * time.Second)
+				if client.State().Kind != link.Ready {
+					t.Fatalf("at first %v", client.State().Kind)
+				}
+				if c.renew != nil {
+					w.issue(self, c.renew, time.Hour)
+				}
+				w.sleep(32 * time.Second)
+				if stays := client.State().Kind == link.Ready; stays != c.stays {
+					t.Errorf("it is %v: %s", client.State().Kind, client.State().Reason)
+				}
+				if err := w.lane(client, "db", identity.ID{}); (code(err) == stream.CodeAbsent) != c.stays {
+					t.Errorf("asked for a lane: %v", err)
+				}
+			})
+		})
+	}
+}
+
 func TestWhatStandsOnACredentialEndsWithIt(t *testing.T) {
 	for _, whose := range []string{"the caller's", "the outlet's"} {
 		for _, carrier := range carriers {
