@@ -74,7 +74,7 @@ func takeOver(t testing.TB, self *identity.Self, at string, authority identity.I
 				}()
 			},
 		}},
-		Lane: func(ctx context.Context, p channel.Preface, c net.Conn) {
+		Lane: func(ctx context.Context, p channel.Preface, _ int, c net.Conn) {
 			select {
 			case w.lanes[p.ID[0]] <- c:
 			case <-ctx.Done():
