@@ -210,7 +210,7 @@ func TestALaneThatIsNotReadStallsOnlyItself(t *testing.T) {
 			with(t, carrier, func(w *town) {
 				s, _ := w.relay(nil)
 				// A carrier takes 64 lanes.
-				w.lanes(s, 2, carrier, nil).stall(t, 100, 256<<10)
+				w.lanes(s, 2, carrier, nil).stall(t, 100, 128<<10)
 			})
 			if !long() {
 				return
