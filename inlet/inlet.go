@@ -94,12 +94,13 @@ type Server struct {
 	taking  context.Context // until Drain
 	drained context.CancelFunc
 
-	mu       sync.Mutex
-	over     sync.Cond // L is mu: streams became 0
-	draining bool
-	streams  int // local connections
-	waiting  int // of them without a stream yet
-	serving  map[*listening]struct{}
+	mu        sync.Mutex
+	over      sync.Cond // L is mu: accepting and streams became 0
+	draining  bool
+	accepting int // listeners; each may have one connection in hand that is not counted yet
+	streams   int // local connections
+	waiting   int // of them without a stream yet
+	serving   map[*listening]struct{}
 }
 
 // listening is one call of Serve.
@@ -305,6 +306,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	s.mu.Lock()
 	draining := s.draining
 	s.serving[me] = struct{}{}
+	s.accepting++
 	s.mu.Unlock()
 	if draining {
 		ln.Close()
@@ -330,6 +332,10 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		})
 	})
 	ln.Close()
+	s.mu.Lock()
+	s.accepting--
+	s.over.Broadcast()
+	s.mu.Unlock()
 	all.Wait()
 	s.mu.Lock()
 	delete(s.serving, me)
@@ -418,7 +424,7 @@ func (s *Server) Drain(ctx context.Context) (left int) {
 	idle := make(chan struct{})
 	go func() {
 		s.mu.Lock()
-		for s.streams > 0 {
+		for s.accepting+s.streams > 0 {
 			s.over.Wait()
 		}
 		s.mu.Unlock()

@@ -16,6 +16,7 @@ import (
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/outlet"
 	"github.com/portal-tunnel/portal/routing"
@@ -243,6 +244,66 @@ func TestDrainWaitsForConnectionsAndResetsThoseThatAreLeft(t *testing.T) {
 		if _, err := s.inlet.Dial(s.Context()); err == nil {
 			t.Error("a new stream was opened")
 		}
+	})
+}
+
+// slowListener gives connections that stay in the hands of whoever accepts them.
+type slowListener struct {
+	net.Listener
+	inHand, letGo chan struct{}
+}
+
+type slowConn struct {
+	net.Conn
+	ln *slowListener
+}
+
+func (l *slowListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return slowConn{c, l}, nil
+}
+
+// SetLinger is the first that happens to an accepted connection.
+func (c slowConn) SetLinger(sec int) error {
+	if sec == 0 {
+		c.ln.inHand <- struct{}{}
+		<-c.ln.letGo
+	}
+	return c.Conn.(*memnet.Conn).SetLinger(sec)
+}
+
+func (c slowConn) CloseWrite() error { return c.Conn.(*memnet.Conn).CloseWrite() }
+
+// A client that has connected, written and gone when the drain begins has been accepted, and nothing
+// of it has been seen yet.
+func TestDrainWaitsForAConnectionThatIsBeingAccepted(t *testing.T) {
+	virtual(t, "agent", nil, func(s *street) {
+		ln := &slowListener{s.listen("10.0.0.4:1"), make(chan struct{}), make(chan struct{})}
+		served := make(chan error, 1)
+		go func() { served <- s.inlet.Serve(s.Context(), ln) }()
+		c, err := s.net.Dial(s.Context(), "mem", "10.0.0.4:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-ln.inHand
+		drained := make(chan int, 1)
+		go func() { drained <- s.inlet.Drain(s.Context()) }()
+		synctest.Wait()
+		select {
+		case <-drained:
+			t.Error("it is drained with a connection in hand")
+		default:
+		}
+		close(ln.letGo)
+		s.echoes(c)
+		c.Close()
+		if left := <-drained; left != 0 {
+			t.Errorf("%d were left", left)
+		}
+		<-served
 	})
 }
 
