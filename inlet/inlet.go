@@ -246,6 +246,50 @@ func (s *Server) Probe(ctx context.Context, target bool) (Probe, error) {
 // Dial opens a stream for a Go program. The connection has CloseWrite, and its
 // Read gives io.EOF only after the outlet's authenticated end.
 func (s *Server) Dial(ctx context.Context) (net.Conn, error) {
+	c, err := s.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Conn is a stream from here to the outlet.
+type Conn struct {
+	*stream.Conn
+	live *link.Live
+	name string
+}
+
+// Arrived returns nil once the outlet has everything that was written, and the end:
+// for whoever wants to know it and gets no answer to it from the target. Both
+// directions must have ended.
+func (c *Conn) Arrived(ctx context.Context) error {
+	// What the lane brings is in order: whoever answers a question behind it has it.
+	err := ask(ctx, c.live, stream.Probe, c.name)
+	var told *stream.RefusedError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &told) && (told.Code == stream.CodeAway || told.Code == stream.CodeBusy):
+		return nil
+	case told != nil: // a decision that has ended reset the stream too, perhaps before that
+		return err
+	}
+	// A channel that is going away takes no question, and ends with its streams: in
+	// good order when the outlet has read all of it.
+	select {
+	case <-c.live.Done():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if c.live.End.Agreed() {
+		return nil
+	}
+	return c.live.Err()
+}
+
+// Open is Dial for whoever needs more than a net.Conn.
+func (s *Server) Open(ctx context.Context) (*Conn, error) {
 	s.init()
 	s.mu.Lock()
 	draining := s.draining
@@ -253,7 +297,7 @@ func (s *Server) Dial(ctx context.Context) (net.Conn, error) {
 	if draining {
 		return nil, fmt.Errorf("dialling %s: the inlet is shutting down", s.Name)
 	}
-	c, err := s.open(ctx)
+	c, l, err := s.open(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("dialling %s: %w", s.Name, err)
 	}
@@ -261,31 +305,31 @@ func (s *Server) Dial(ctx context.Context) (net.Conn, error) {
 		c.Reset(stream.CodeLocal, "")
 		return nil, fmt.Errorf("dialling %s: %w", s.Name, err)
 	}
-	return c, nil
+	return &Conn{c, l, s.Name}, nil
 }
 
 // open opens a stream on the live channel; one that is going away is asked
 // only once.
-func (s *Server) open(ctx context.Context) (*stream.Conn, error) {
+func (s *Server) open(ctx context.Context) (*stream.Conn, *link.Live, error) {
 	for {
 		l, err := s.keeper.Get(ctx)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		c, err := l.Mux.Open(stream.Header{Kind: stream.Bytes, Name: s.Name})
 		if err == nil {
-			return c, nil
+			return c, l, nil
 		}
 		// A closed one was given up by this end; see demand.
 		if !errors.Is(err, stream.ErrAway) && !errors.Is(err, net.ErrClosed) && !isReset(err) && l.Err() == nil && s.keeper.Live() == l {
-			return nil, err
+			return nil, nil, err
 		}
 		// It is on its way out, and the Keeper knows or is about to.
 		if err := s.keeper.Wait(ctx, l); err != nil {
 			if why := s.keeper.State().Err; why != nil {
 				err = fmt.Errorf("no channel in time: %w", why)
 			}
-			return nil, err
+			return nil, nil, err
 		}
 	}
 }
@@ -368,7 +412,7 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 		}
 	}
 	held, cancel := context.WithTimeout(ctx, s.Hold)
-	st, err := s.open(held)
+	st, _, err := s.open(held)
 	cancel()
 	s.count(0, -1)
 	if err != nil {

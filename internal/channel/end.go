@@ -88,6 +88,7 @@ type End struct {
 	done     chan struct{} // closed when err is set
 	why      error
 	leaving  atomic.Pointer[error] // why this end closes, once its close is queued
+	agreed   atomic.Bool           // the other end closed in good order
 }
 
 func newEnd(o *opening) (*End, error) {
@@ -170,6 +171,10 @@ func (e *End) Aged() bool { return e.aged.Load() }
 
 // Done is closed when the channel has ended; Err then says why.
 func (e *End) Done() <-chan struct{} { return e.done }
+
+// Agreed reports whether the other end closed the channel in good order, by itself
+// or in answer to this end's close, which is then behind everything it has read.
+func (e *End) Agreed() bool { return e.agreed.Load() }
 
 // Err is nil until the channel has ended.
 func (e *End) Err() error {
@@ -351,6 +356,7 @@ func (e *End) Run(h Handler) error {
 	err := e.read(h)
 	switch closed := (*Closed)(nil); {
 	case err == nil: // their close: answer it, then it is over
+		e.agreed.Store(true)
 		e.leave(CloseDone, ErrClosed, "")
 		e.flushed()
 		err = ErrClosed
