@@ -330,6 +330,26 @@ func newApp(s *session) *cli.App {
 				}),
 			},
 			{
+				Name: "connect", Usage: "inlets for the life of one command, or a stream on stdin and stdout",
+				ArgsUsage: "NAME[,NAME…] [-- CMD …]", Category: "Tunnel", Description: connectUsage,
+				Flags: slices.Concat(wayFlags(), []cli.Flag{
+					&cli.StringFlag{Name: "kind", Value: "raw", Usage: "`KIND` of the bytes: raw, http, or pg, which comes with a Unix socket, PGHOST and PGPORT"},
+					&cli.StringSliceFlag{Name: "env", Usage: "set a variable of CMD, as `VAR=TEMPLATE`, in which {addr}, {host}, {port} and {NAME.addr}… are filled in"},
+					&cli.DurationFlag{Name: "timeout", Value: 30 * time.Second, Usage: "every name must be there within `TIME`"},
+				}, membershipFlags()),
+				Action: s.lend(1, 1, func(ctx context.Context, c *cli.Context) error {
+					return runConnect(ctx, s, connectOptions{
+						member:  memberFlags(c),
+						way:     wayOf(c),
+						list:    c.Args().First(),
+						kind:    c.String("kind"),
+						setting: c.StringSlice("env"),
+						timeout: c.Duration("timeout"),
+						command: s.after,
+					})
+				}),
+			},
+			{
 				Name: "ping", Usage: "ask an outlet whether this member may come in, and how long it takes hop by hop", ArgsUsage: "NAME", Category: "Tunnel",
 				Flags: slices.Concat(wayFlags(), []cli.Flag{
 					&cli.BoolFlag{Name: "target", Usage: "have the outlet dial its target as well"},
@@ -372,7 +392,7 @@ func newApp(s *session) *cli.App {
 			},
 		},
 	}
-	for _, name := range []string{"connect", "up", "check", "doctor",
+	for _, name := range []string{"up", "check", "doctor",
 		"member", "policy", "audit", "mailbox", "send", "call", "completion"} {
 		app.Commands = append(app.Commands, notYetCommand(name))
 	}

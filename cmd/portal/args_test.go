@@ -195,6 +195,7 @@ func TestEveryCommandOfTheContractIsKnown(t *testing.T) {
 		"enroll":    "relay direct timeout",
 		"outlet":    "to allow relay listen label carrier grace ticket ephemeral home output",
 		"inlet":     "from relay via direct peer require kind unsafe-listen mode group hold grace ticket ephemeral",
+		"connect":   "relay via direct peer kind env timeout ticket ephemeral",
 		"ping":      "relay via direct peer target",
 		"relay":     "listen advertise authority trust allow-serve allow-connect next allow-next from-relay",
 	} {

@@ -26,7 +26,8 @@ type lines struct {
 	held    []byte
 	dropped int
 	closed  bool
-	wake    chan struct{} // one slot: there is something to write, or the end
+	asked   []chan struct{} // by Flush; closed when what was held is written
+	wake    chan struct{}   // one slot: there is something to write, or the end
 	done    chan struct{}
 }
 
@@ -62,8 +63,8 @@ func (l *lines) run() {
 	var spare []byte
 	for range l.wake {
 		l.mu.Lock()
-		b, dropped, closed := l.held, l.dropped, l.closed
-		l.held, l.dropped = spare[:0], 0
+		b, dropped, closed, asked := l.held, l.dropped, l.closed, l.asked
+		l.held, l.dropped, l.asked = spare[:0], 0, nil
 		l.mu.Unlock()
 		if len(b) > 0 {
 			l.w.Write(b)
@@ -71,10 +72,29 @@ func (l *lines) run() {
 		if dropped > 0 {
 			l.w.Write(l.lost(dropped))
 		}
+		for _, written := range asked {
+			close(written)
+		}
 		spare = b
 		if closed {
 			return
 		}
+	}
+}
+
+// Flush returns when what is held is written, logFlush at most. Others may write
+// meanwhile; the lines are not closed.
+func (l *lines) Flush() {
+	written := make(chan struct{})
+	l.mu.Lock()
+	l.asked = append(l.asked, written)
+	l.mu.Unlock()
+	l.poke()
+	t := time.NewTimer(logFlush)
+	defer t.Stop()
+	select {
+	case <-written:
+	case <-t.C:
 	}
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -25,7 +26,81 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"portal": main})
+	testscript.Main(m, map[string]func(){"portal": main, "witness": witness})
+}
+
+// witness is a command that says what happens to it. `witness signals` prints a line
+// for each signal it gets, and after SIGTERM how many of each there were; then it
+// exits with 7. `witness hold` opens a connection to PORTAL_ADDR, sees a byte come
+// back, and prints how the connection ends. `witness dial ADDR` fails when nobody
+// listens there. `witness early` and `witness rude` are targets, which print where they
+// listen on stderr: they send three bytes and their end at once, or three bytes and a reset
+// when one has come, and print what came.
+func witness() {
+	switch os.Args[1] {
+	case "signals":
+		signals := make(chan os.Signal, 64)
+		signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGTERM)
+		fmt.Println("watching")
+		counts := make(map[os.Signal]int)
+		for sig := range signals {
+			counts[sig]++
+			fmt.Println(counts[sig], sig)
+			if sig == syscall.SIGTERM {
+				break
+			}
+		}
+		fmt.Println("in all:", counts[syscall.SIGINT], counts[syscall.SIGQUIT], counts[syscall.SIGHUP], counts[syscall.SIGTERM])
+		os.Exit(7)
+	case "dial":
+		c, err := net.Dial("tcp", os.Args[2])
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		c.Close()
+	case "early", "rude":
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Fprintln(os.Stderr, "on", ln.Addr())
+		for {
+			accepted, err := ln.Accept()
+			if err != nil {
+				os.Exit(1)
+			}
+			c := accepted.(*net.TCPConn)
+			io.WriteString(c, "abc")
+			if os.Args[1] == "rude" {
+				io.ReadFull(c, make([]byte, 1))
+				c.SetLinger(0)
+				c.Close()
+				continue
+			}
+			c.CloseWrite()
+			hash := sha256.New()
+			n, err := io.Copy(hash, c)
+			fmt.Printf("got %d bytes, %x, %v\n", n, hash.Sum(nil), err)
+			c.Close()
+		}
+	case "hold":
+		c, err := net.Dial("tcp", os.Getenv("PORTAL_ADDR"))
+		if err == nil {
+			_, err = c.Write([]byte("x"))
+		}
+		if err == nil {
+			_, err = io.ReadFull(c, make([]byte, 1))
+		}
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println("held")
+		_, err = c.Read(make([]byte, 1))
+		fmt.Println("reset:", errors.Is(err, syscall.ECONNRESET))
+	}
 }
 
 // Each script is one thing the manual says, done with the real command.
@@ -61,6 +136,7 @@ func TestScript(t *testing.T) {
 			"pid":       pid,
 			"signal":    sendSignal,
 			"hangup":    hangup,
+			"press":     press,
 			"ends":      ends,
 			"printed":   printed,
 			"echo":      echo,
@@ -98,7 +174,7 @@ func stageOf(ts *testscript.TestScript) *stage { return ts.Value(stageKey{}).(*s
 
 func (s *stage) close() {
 	for _, p := range s.procs {
-		p.cmd.Process.Kill()
+		syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // its commands too, which have our pipes
 		<-p.ended
 	}
 	for i := len(s.ends) - 1; i >= 0; i-- {
@@ -302,6 +378,17 @@ func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 
 func hangup(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(stageOf(ts).screens[args[0]].Close())
+}
+
+// press NAME KEYS types into the terminal that a command was started on: ^C, ^\, ^D,
+// and a text as it is.
+func press(ts *testscript.TestScript, neg bool, args []string) {
+	keys := args[1]
+	if len(keys) == 2 && keys[0] == '^' {
+		keys = string(keys[1] & 0x1f)
+	}
+	_, err := io.WriteString(stageOf(ts).screens[args[0]], keys)
+	ts.Check(err)
 }
 
 // ends NAME CODE waits for the end of a started command.

@@ -16,6 +16,7 @@ type teller struct {
 
 	mu       sync.Mutex
 	last     string // without the time of the next try
+	quiet    bool   // what is told is kept, and not printed
 	notified bool
 	now      condition
 }
@@ -33,8 +34,8 @@ func (s *session) teller(role, name string) *teller { return &teller{s: s, role:
 
 func (t *teller) event(kind string) event { return event{Event: kind, Role: t.role, Name: t.name} }
 
-// note keeps a state and reports whether it is news: whether its line differs from
-// the one before.
+// note keeps a state and reports whether it is news to print: whether its line differs
+// from the one before.
 func (t *teller) note(ev event, line string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -56,7 +57,14 @@ func (t *teller) note(ev event, line string) bool {
 		return false
 	}
 	t.last = line
-	return true
+	return !t.quiet
+}
+
+// hush says whether what is told from now on is only kept, for `portal status`.
+func (t *teller) hush(quiet bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.quiet = quiet
 }
 
 func (t *teller) head() string { return job{role: t.role, name: t.name}.head() }
