@@ -164,9 +164,13 @@ func (s *service) answer(c net.Conn) {
 		}
 		report(readAll(c, m))
 	case 'H':
-		c.Write(pattern())
+		_, failed := c.Write(pattern())
 		c.(halfCloser).CloseWrite()
-		report(readAll(c, mark{}))
+		r := readAll(c, mark{})
+		if r.err == nil { // a reset is told once: a write that was told of it leaves an end to be read
+			r.err = failed
+		}
+		report(r)
 	case 'S':
 		sum := sha256.New()
 		if _, err := io.Copy(sum, c); err == nil {
