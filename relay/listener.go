@@ -134,6 +134,12 @@ func (l *Listener) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
+		if live != nil && (errors.Is(err, channel.ErrCut) || errors.Is(err, channel.ErrDead)) {
+			// The registration went with its channel. The Keeper has said so, and paces
+			// what is dialled in its place: a pause here would only come on top.
+			l.client.keeper.Wait(ctx, live)
+			continue
+		}
 		if held && time.Since(begin) >= steadyFor {
 			wait = registerWait
 		}
@@ -171,7 +177,7 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 	cancel()
 	if err != nil {
 		st.Reset(stream.CodeLocal, "")
-		return false, c.failed("registering", l.name, err)
+		return false, c.failed("registering", l.name, l.why(ctx, live, err))
 	}
 	// The name goes on at the next control channel as soon as this relay leaves.
 	over := make(chan struct{})
@@ -207,8 +213,8 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 			err = errOffer
 		}
 		if err != nil {
-			if l := live.Err(); l != nil {
-				err = l
+			if why := l.why(ctx, live, err); why != err {
+				err = why
 			} else if isLeaving(live) {
 				err = errLeaving
 			}
@@ -234,6 +240,20 @@ func isLeaving(l *link.Live) bool {
 		return true
 	default:
 		return false
+	}
+}
+
+// why is why the channel ended, when that is why its stream did.
+func (l *Listener) why(ctx context.Context, live *link.Live, err error) error {
+	var reset *stream.ResetError
+	if !errors.As(err, &reset) || reset.Code != stream.CodeChannel {
+		return err
+	}
+	select { // streams are reset a moment before
+	case <-live.Done():
+		return live.Err()
+	case <-ctx.Done():
+		return err
 	}
 }
 
