@@ -5,13 +5,14 @@ import (
 	"sync/atomic"
 )
 
-// DefaultBudget is how many bytes a node holds for readers that are slower
+// DefaultBudget is how much memory a node holds for readers that are slower
 // than their streams.
 const DefaultBudget = 256 << 20
 
-// Budget counts the bytes that all streams of a node hold, not those that were
-// granted. Above half of Limit no window grows, above Limit no stream is
-// accepted; at twice Limit the stream that holds most is reset.
+// Budget counts the memory that all streams of a node hold in buffers, not the
+// bytes that were granted, nor those in them: a frame of 16.1 KiB is held in 64
+// KiB. Above half of Limit no window grows, above Limit no stream is accepted; at
+// twice Limit the stream that holds most is reset.
 type Budget struct {
 	Limit int64 // 0: DefaultBudget
 
@@ -27,7 +28,7 @@ func (b *Budget) limit() int64 {
 	return DefaultBudget
 }
 
-// Held is the number of bytes held now.
+// Held is how many bytes of memory are held now.
 func (b *Budget) Held() int64 { return b.held.Load() }
 
 func (b *Budget) grow() bool { return b.held.Load() <= b.limit()/2 }

@@ -143,7 +143,7 @@ func FuzzFrames(f *testing.F) {
 			case 9:
 				m.Away()
 			}
-			if held := budget.Held(); held > 5*firstWindow*4 {
+			if held := budget.Held(); held > 5*4*(firstWindow+buffer.Record) {
 				t.Fatalf("%d bytes are held", held)
 			}
 		}

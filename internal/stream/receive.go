@@ -25,11 +25,13 @@ const (
 	leastStep = 16 << 10
 )
 
-// chunk is held bytes: buf.Raw()[r:w].
+// chunk is held bytes: buf.Raw()[r:w]. What it costs is the whole buffer.
 type chunk struct {
 	buf  *buffer.Buffer
 	r, w int
 }
+
+func (k chunk) cost() int { return len(k.buf.Raw()) }
 
 func (c *Conn) emptyLocked() bool { return c.first.buf == nil }
 
@@ -98,8 +100,6 @@ func (c *Conn) deliver(data [][]byte) {
 // holdLocked copies b, filling the last chunk first, and wakes the actor when
 // there is a socket to write to.
 func (c *Conn) holdLocked(b []byte) {
-	c.held.Add(int64(len(b)))
-	c.mux.limits.Budget.held.Add(int64(len(b)))
 	last := &c.first
 	if n := len(c.chunks); n > 0 {
 		last = &c.chunks[n-1]
@@ -112,6 +112,7 @@ func (c *Conn) holdLocked(b []byte) {
 	for len(b) > 0 {
 		k := chunk{buf: buffer.Get(len(b))}
 		k.w = copy(k.buf.Raw(), b)
+		c.countLocked(k.cost())
 		b = b[k.w:]
 		if c.emptyLocked() {
 			c.first = k
@@ -138,16 +139,21 @@ func (c *Conn) takeLocked() chunk {
 	return k
 }
 
-func (c *Conn) releaseLocked(n int) {
-	c.held.Add(-int64(n))
-	c.mux.limits.Budget.held.Add(-int64(n))
+// countLocked counts n bytes of memory that are held from now on, or no more.
+func (c *Conn) countLocked(n int) {
+	c.held.Add(int64(n))
+	c.mux.limits.Budget.held.Add(int64(n))
+}
+
+// releaseLocked gives the memory of a chunk back that was taken.
+func (c *Conn) releaseLocked(k chunk) {
+	c.countLocked(-k.cost())
+	k.buf.Release()
 }
 
 func (c *Conn) dropLocked() {
 	for !c.emptyLocked() {
-		k := c.takeLocked()
-		c.releaseLocked(k.w - k.r)
-		k.buf.Release()
+		c.releaseLocked(c.takeLocked())
 	}
 }
 
@@ -246,9 +252,8 @@ func (c *Conn) Read(b []byte) (int, error) {
 			n := copy(b, k.buf.Raw()[k.r:k.w])
 			k.r += n
 			if k.r == k.w {
-				c.takeLocked().buf.Release()
+				c.releaseLocked(c.takeLocked())
 			}
-			c.releaseLocked(n)
 			c.consumedLocked(n)
 			empty := c.ended && c.emptyLocked()
 			c.recv.Unlock()
@@ -283,8 +288,7 @@ func (c *Conn) Drained(*routing.Actor) error {
 		n, err := l.Write(k.buf.Raw()[k.r:k.w])
 		c.recv.Lock()
 		c.writing = false
-		c.releaseLocked(k.w - k.r)
-		k.buf.Release()
+		c.releaseLocked(k)
 		if err != nil {
 			c.recv.Unlock()
 			c.localFailed()
