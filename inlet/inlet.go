@@ -78,9 +78,10 @@ type Server struct {
 	Require *abac.Policy
 
 	Kind       Kind
-	Hosts      []string      // of HTTP: names in requests, besides those of this host
-	Hold       time.Duration // for connections that come too early; default 5 s
-	MaxStreams int           // at once; default 10,000
+	Hosts      []string       // of HTTP: names in requests, besides those of this host
+	Hold       time.Duration  // for connections that come too early; default 5 s
+	MaxStreams int            // at once; default 10,000
+	Budget     *stream.Budget // for what local clients do not read; nil: one of its own
 	Now        func() time.Time
 	Logger     *slog.Logger // nil: discard
 	OnState    func(State)  // each change, one at a time; must not wait
@@ -121,6 +122,9 @@ func (s *Server) init() {
 		if s.MaxStreams <= 0 {
 			s.MaxStreams = DefaultStreams
 		}
+		if s.Budget == nil {
+			s.Budget = new(stream.Budget)
+		}
 		s.slots = make(chan struct{}, s.MaxStreams)
 		s.serving = make(map[*listening]struct{})
 		s.over.L = &s.mu
@@ -133,7 +137,7 @@ func (s *Server) init() {
 				Node: s.Node, Self: s.Self, Trust: s.Trust, Kind: channel.Service,
 				Pin: s.Pin, Judge: s.judge, Now: s.Now, Logger: s.log,
 			},
-			Limits:  stream.Limits{Budget: new(stream.Budget)},
+			Limits:  stream.Limits{Budget: s.Budget},
 			Fresh:   s.Fresh,
 			Check:   s.check,
 			OnState: s.OnState,

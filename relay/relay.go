@@ -31,8 +31,9 @@ import (
 
 // Limits of a relay. The zero value has the defaults.
 type Limits struct {
-	// Lanes joined or about to be; default 8,192: two descriptors each, where a
-	// process commonly has 20,000.
+	// Lanes joined or about to be; default 8,192: six descriptors each, two sockets and
+	// the pipes by which the kernel moves bytes between them. Whoever has fewer than
+	// some 70,000 descriptors sets it lower.
 	Lanes int
 	// LanesEach is how many of them one identity may have asked for, and how many
 	// may lead to one; default 2,048.
@@ -51,8 +52,10 @@ type Limits struct {
 // answers in a moment.
 const foreignShare = 8
 
+// DefaultLanes is the default of Limits.Lanes.
+const DefaultLanes = 8192
+
 const (
-	defaultLanes         = 8192
 	defaultLanesEach     = 2048
 	defaultOutstanding   = 16
 	defaultRegistrations = 256
@@ -121,7 +124,7 @@ func (s *Server) init() {
 			n    *int
 			more int
 		}{
-			{&s.Limits.Lanes, defaultLanes}, {&s.Limits.LanesEach, defaultLanesEach},
+			{&s.Limits.Lanes, DefaultLanes}, {&s.Limits.LanesEach, defaultLanesEach},
 			{&s.Limits.Outstanding, defaultOutstanding}, {&s.Limits.Registrations, defaultRegistrations},
 		} {
 			if *l.n <= 0 {

@@ -142,7 +142,7 @@ func (s *session) openBureau(home string, ttl time.Duration) (*bureau, error) {
 		return nil, running(h, err)
 	}
 	b.server = &authority.Server{Self: b.self, Store: b.store, TTL: ttl, Node: b.node, Logger: s.log}
-	b.links = &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: b.server.Service()}, Logger: s.log}
+	b.links = &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: b.server.Service()}, Limits: s.room.link(), Logger: s.log}
 	return b, nil
 }
 

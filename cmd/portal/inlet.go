@@ -112,7 +112,8 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	t := s.teller("inlet", o.name)
 	t.listening(addresses(lns))
 	server := p.routes.inlet(o.name, m, s.log)
-	server.Require, server.Kind, server.Hosts, server.Hold, server.MaxStreams = p.demand, p.speaks, o.hosts, o.hold, o.streams
+	server.Require, server.Kind, server.Hosts, server.Hold = p.demand, p.speaks, o.hosts, o.hold
+	s.room.inlet(server, o.streams)
 	server.OnState = t.inlet
 	return s.supervise(ctx, job{
 		role: "inlet", name: o.name, grace: o.grace,

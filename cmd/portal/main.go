@@ -68,6 +68,7 @@ func (s *session) begin(c *cli.Context, level string) error {
 		return err
 	}
 	s.log = log
+	s.room = findRoom(log)
 	return nil
 }
 

@@ -147,7 +147,7 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	if err != nil {
 		return err
 	}
-	server := p.server(m, s.log)
+	server := p.server(m, s.room, s.log)
 	t := s.teller("outlet", o.name)
 	return s.supervise(ctx, job{
 		role: "outlet", name: o.name, grace: o.grace,
@@ -187,10 +187,12 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	})
 }
 
-func (p *outletPlan) server(m *member, log *slog.Logger) *outlet.Server {
+func (p *outletPlan) server(m *member, r room, log *slog.Logger) *outlet.Server {
+	limits := r.outlet(p.streams, p.command != nil)
+	limits.Dials, limits.DialTimeout = p.dials, p.dialTimeout
 	return &outlet.Server{
 		Node: m.node, Name: p.name, Labels: p.labels, Target: p.reach(), Self: m.self, Trust: m.trust, Allow: p.policy,
-		Limits: outlet.Limits{Streams: p.streams, Dials: p.dials, DialTimeout: p.dialTimeout}, Logger: log,
+		Limits: limits, Logger: log,
 	}
 }
 

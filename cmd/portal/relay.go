@@ -157,7 +157,7 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 		return err
 	}
 	server := &relay.Server{
-		Node: m.node, Self: m.self, Trust: m.trust, Next: p.hops, Logger: s.log,
+		Node: m.node, Self: m.self, Trust: m.trust, Next: p.hops, Limits: s.room.relay(), Logger: s.log,
 		AllowServe: p.policies.serve, AllowConnect: p.policies.connect, AllowNext: p.policies.next,
 	}
 	if len(p.prefixes) > 0 {

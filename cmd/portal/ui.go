@@ -31,6 +31,7 @@ type session struct {
 	json   bool     // -o json
 	events *lines   // events of a long-running command as JSON lines; nil: none
 	log    *slog.Logger
+	room   room
 }
 
 // environment is the process's, as os.Environ gives it.

@@ -33,12 +33,14 @@ type Limits struct {
 	Stream stream.Limits
 }
 
+// The defaults of Limits.
 const (
-	defaultHalfOpen = 1024
-	defaultChannels = 16384
+	DefaultHalfOpen = 1024
+	DefaultChannels = 16384
 	defaultEach     = 256
-	proveTime       = 10 * time.Second // from accept to confirmation, absolute
 )
+
+const proveTime = 10 * time.Second // from accept to confirmation, absolute
 
 // Service is what one kind of channel is for.
 type Service struct {
@@ -291,7 +293,7 @@ var (
 func (s *Server) confirmed(c net.Conn, l *Live) error {
 	limit, each := s.Limits.Channels, s.Limits.ChannelsEach
 	if limit <= 0 {
-		limit = defaultChannels
+		limit = DefaultChannels
 	}
 	if each <= 0 {
 		each = defaultEach
@@ -344,7 +346,7 @@ func (s *Server) enter(c net.Conn) {
 	}
 	limit := s.Limits.HalfOpen
 	if limit <= 0 {
-		limit = defaultHalfOpen
+		limit = DefaultHalfOpen
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
