@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -155,6 +156,57 @@ func TestProbesOfAPeerThatDoesNotReadEndItsChannel(t *testing.T) {
 		}
 		deaf.Abort(channel.CloseInternal, context.Canceled)
 		time.Sleep(10 * time.Second)
+	})
+}
+
+// Opens that find no place are no abuse, but each leaves an answer: whoever does not read those is not
+// read, and after ten seconds cut.
+func TestOpensOfAPeerThatDoesNotReadItsAnswersAreNotReadEither(t *testing.T) {
+	virtual(t, echoing().dial, func(s *outlet.Server) { s.Limits.Streams = 1 }, func(y *yard) {
+		y.stream(y.call(agent)) // has the place
+		lane, err := y.net.Dial(context.Background(), "mem", "10.0.0.2:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		deaf, err := channel.Initiate(context.Background(), lane, &channel.Config{
+			Node: y.node(), Self: y.member(agent), Trust: identity.NewTrust(y.authority.ID()), Kind: channel.Service,
+			Judge: func(*identity.Peer) error { return nil },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		before := y.nodes[0].Len()
+		var sent atomic.Int64
+		over := make(chan struct{})
+		go func() {
+			defer close(over)
+			for id := uint32(1); ; id += 2 {
+				p := channel.AppendHeader(nil, 0x10, id, 12)
+				p = append(binary.BigEndian.AppendUint64(append(p, byte(stream.Bytes)), 65536), 2, 'd', 'b')
+				b := buffer.Get(len(p) + buffer.Around)
+				b.Commit(copy(b.Next(), p))
+				if deaf.Send(new(buffer.Queue), b) != nil {
+					return
+				}
+				sent.Add(1)
+			}
+		}()
+		synctest.Wait()
+		// What the pipes take, two lots of answers, and what was read with them.
+		if n := sent.Load(); n < 1000 || n > 10000 {
+			t.Errorf("%d opens were taken", n)
+		}
+		time.Sleep(9 * time.Second)
+		synctest.Wait()
+		if n := y.nodes[0].Len(); n != before {
+			t.Errorf("it was cut within 9 s: %d actors, %d before", n, before)
+		}
+		time.Sleep(20 * time.Second)
+		<-over
+		if n := y.nodes[0].Len(); n != before-2 {
+			t.Errorf("%d actors, %d before: it was not cut", n, before)
+		}
 	})
 }
 

@@ -55,7 +55,7 @@ var (
 )
 
 // Handler takes the frames of all streams, on the lane reader's goroutine. It
-// must not wait. A body is valid until the Flush that follows it returns.
+// must not wait, but for Clear. A body is valid until the Flush that follows it returns.
 type Handler interface {
 	Frame(kind uint8, stream uint32, body []byte) error
 	Flush() error
@@ -104,6 +104,7 @@ func newEnd(o *opening) (*End, error) {
 	e.sealer.lane, e.sealer.records, e.sealer.fail = o.lane, o.out, e.fail
 	e.sealer.lost = e.lost
 	e.sealer.slots = make(map[uint64]int)
+	e.sealer.fewer.L = &e.sealer.mu
 	e.sealer.sent = make(chan struct{})
 	e.sealer.budget.Store(buffer.Batch)
 	// Started last, so that look finds everything in its place.

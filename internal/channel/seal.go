@@ -49,6 +49,7 @@ type sealer struct {
 	mu      sync.Mutex
 	control []slot
 	slots   map[uint64]int // key to index in control
+	fewer   sync.Cond      // L is mu: control became shorter, or err was set
 	data    []waiting
 	err     error         // nothing is taken any more
 	last    bool          // a close is queued: nothing may follow it
@@ -115,6 +116,29 @@ func (s *sealer) Unsent() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.posted
+}
+
+// Clear waits until at most n control frames wait for the lane, and reports false
+// when after d they are still more. It is for whoever reads what makes more of them:
+// an end that does not read its answers is not read either.
+func (s *sealer) Clear(n int, d time.Duration) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.control) <= n {
+		return true
+	}
+	late := false
+	t := time.AfterFunc(d, func() {
+		s.mu.Lock()
+		late = true
+		s.fewer.Broadcast()
+		s.mu.Unlock()
+	})
+	defer t.Stop()
+	for len(s.control) > n && s.err == nil && !late {
+		s.fewer.Wait()
+	}
+	return len(s.control) <= n || s.err != nil
 }
 
 // owes reports whether anything waits for the lane.
@@ -261,6 +285,7 @@ func (s *sealer) stop(err error) {
 	}
 	clear(s.data)
 	s.data, s.control = s.data[:0], nil
+	s.fewer.Broadcast()
 	s.depth.Store(0)
 	clear(s.slots)
 	s.tellLocked()
@@ -303,6 +328,7 @@ func (s *sealer) Drained(*routing.Actor) error {
 	control, data := s.control, s.data
 	s.control, s.data = s.spareSlots[:0], s.spareData[:0]
 	clear(s.slots)
+	s.fewer.Broadcast()
 	s.depth.Store(0)
 	for _, w := range data {
 		w.queue.Sealed = true

@@ -25,6 +25,8 @@ func (s *sink) Send(q *buffer.Queue, b *buffer.Buffer) error { return s.Post(q, 
 
 func (s *sink) Unsent() int { return 0 }
 
+func (s *sink) Clear(int, time.Duration) bool { return true }
+
 func (s *sink) Post(q *buffer.Queue, b *buffer.Buffer) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -29,6 +29,7 @@ type Over interface {
 	Post(q *buffer.Queue, b *buffer.Buffer) error     // takes b; neither waits nor writes
 	Flush()                                           // writes what was posted
 	Unsent() int                                      // buffers posted and not yet written
+	Clear(n int, d time.Duration) bool                // waits until at most n control frames are unsent; false: d was too short
 	Stop(q *buffer.Queue, err error)                  // ends or resumes waiting in Send
 	Discard(q *buffer.Queue, why error) (sealed bool) // drops what is queued
 	Control(key uint64, frame []byte) error           // never waits; replaces an unsent frame of key
@@ -58,6 +59,10 @@ const (
 	// which takes nothing. Streams that open and end at once, as probes do, count
 	// as open no more, and each unsent end holds some 1 KiB.
 	maxUnsent = 1024
+	// answersTime is how long an end that opens streams may leave more answers than as
+	// many, beside three for each open stream, unread. Nothing more of it is read
+	// meanwhile: each answer is held, and there is no other end to them.
+	answersTime = 10 * time.Second
 
 	// Opens that come to nothing fill a bucket that leaks badPerSecond; a peer
 	// that overflows it does nothing but open and reset.
@@ -380,6 +385,9 @@ func (m *Mux) incoming(id uint32, body []byte) error {
 	h, credit, err := parseOpen(body)
 	if err != nil {
 		return err
+	}
+	if !m.over.Clear(3*m.Streams()+maxUnsent, answersTime) {
+		return &AbuseError{"streams opened by an end that does not read the answers"}
 	}
 	m.mu.Lock()
 	if m.ours(id) || id == 0 || id <= m.highest {
