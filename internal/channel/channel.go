@@ -120,14 +120,16 @@ func RespondAfter(ctx context.Context, lane net.Conn, p Preface, c *Config) (*En
 
 // opening is a channel until its confirmation.
 type opening struct {
-	lane    net.Conn
-	config  *Config
-	key     [32]byte
-	in, out *records
-	binding [32]byte
-	peer    *identity.Peer
-	shown   *identity.Credential // ours, as it went into the confirmation
-	rtt     time.Duration
+	ctx      context.Context
+	deadline time.Time // absolute
+	lane     net.Conn
+	config   *Config
+	key      [32]byte
+	in, out  *records
+	binding  [32]byte
+	peer     *identity.Peer
+	shown    *identity.Credential // ours, as it went into the confirmation
+	rtt      time.Duration
 }
 
 func begin(ctx context.Context, lane net.Conn, c *Config, steps func(*opening) error) (*End, error) {
@@ -146,6 +148,7 @@ func begin(ctx context.Context, lane net.Conn, c *Config, steps func(*opening) e
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d
 	}
+	o.ctx, o.deadline = ctx, deadline
 	o.lane.SetDeadline(deadline)
 	stop := context.AfterFunc(ctx, func() { o.lane.SetDeadline(time.Unix(1, 0)) })
 	err := steps(o)
@@ -216,14 +219,16 @@ func (o *opening) respond(p Preface) error {
 	if err != nil {
 		return err
 	}
-	h, err := newHandshake(c.Self, false, p, o.key, c.now(), nil)
-	if err != nil {
+	var h *handshake
+	if err := o.compute(firsts, func() (err error) {
+		if h, err = newHandshake(c.Self, false, p, o.key, c.now(), nil); err == nil {
+			err = h.read1(m)
+		}
+		if err == nil {
+			m, err = h.write2()
+		}
 		return err
-	}
-	if err := h.read1(m); err != nil {
-		return err
-	}
-	if m, err = h.write2(); err != nil {
+	}); err != nil {
 		return err
 	}
 	start := time.Now()
@@ -234,17 +239,30 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	o.rtt = time.Since(start)
-	if err := h.read3(m); err != nil {
-		return err
-	}
-	if err := o.keys(h, h.toI, h.toR); err != nil {
+	if err := o.compute(lasts, func() error {
+		if err := h.read3(m); err != nil {
+			return err
+		}
+		return o.keys(h, h.toI, h.toR)
+	}); err != nil {
 		return err
 	}
 	if err := o.writeConfirm(); err != nil {
 		return err
 	}
-	if err := o.readConfirm(); err != nil {
+	plain, err := o.readRecord()
+	if err != nil {
 		return err
+	}
+	var unproved error
+	if err := o.compute(lasts, func() (err error) {
+		unproved, err = o.takeConfirm(plain)
+		return err
+	}); err != nil {
+		return err
+	}
+	if unproved != nil {
+		return o.refuse(unproved) // which waits for the other end to hear it
 	}
 	return o.judge()
 }
@@ -321,40 +339,47 @@ func appendConfirm(b []byte, kind uint8, config *Config) ([]byte, *identity.Cred
 	return appendField(appendField(b, raw), issuer), c
 }
 
-// readConfirm reads the other end's first record. It may be a close instead.
+// readConfirm reads the other end's first record.
 func (o *opening) readConfirm() error {
 	plain, err := o.readRecord()
 	if err != nil {
 		return err
 	}
+	unproved, err := o.takeConfirm(plain)
+	if unproved != nil {
+		return o.refuse(unproved)
+	}
+	return err
+}
+
+// takeConfirm takes the other end's first record, which may be a close instead;
+// unproved is why the credential in it does not count.
+func (o *opening) takeConfirm(plain []byte) (unproved, err error) {
 	kind, stream, body, rest, err := cutFrame(plain)
 	switch {
 	case err != nil:
-		return errHandshake
+		return nil, errHandshake
 	case stream == 0 && kind == kindClose:
 		closed, err := parseClose(body)
 		if err != nil {
-			return errHandshake
+			return nil, errHandshake
 		}
-		return closed
+		return nil, closed
 	case stream != 0 || kind != kindConfirm || len(rest) != 0:
-		return errHandshake
+		return nil, errHandshake
 	}
 	raw, issuer, err := decodeTwo(body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if len(raw) == 0 {
-		return nil
+		return nil, nil
 	}
 	credential, err := o.config.Trust.Verify(raw, issuer, o.peer.ID(), o.peer.Latest(), o.config.now())
 	if err == nil {
 		err = o.peer.Accept(credential)
 	}
-	if err != nil {
-		return o.refuse(err)
-	}
-	return nil
+	return err, nil
 }
 
 func (o *opening) readRecord() ([]byte, error) {

@@ -73,6 +73,7 @@ type Server struct {
 
 	mu    sync.Mutex
 	half  map[net.Conn]string // lanes that have not proved themselves, by source
+	from  map[string]int      // how many of them each source has
 	lives map[*Live]struct{}
 	each  map[identity.ID]int // lives by peer
 	lns   map[net.Listener]struct{}
@@ -143,7 +144,8 @@ func (s *Server) listen(ln net.Listener) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.half == nil {
-		s.half, s.lives, s.each = make(map[net.Conn]string), make(map[*Live]struct{}), make(map[identity.ID]int)
+		s.half, s.from = make(map[net.Conn]string), make(map[string]int)
+		s.lives, s.each = make(map[*Live]struct{}), make(map[identity.ID]int)
 		s.lns = make(map[net.Listener]struct{})
 	}
 	s.lns[ln] = struct{}{}
@@ -300,7 +302,7 @@ func (s *Server) confirmed(c net.Conn, l *Live) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.half, c)
+	s.leaveLocked(c)
 	id := l.Peer().ID()
 	if s.each[id] >= each {
 		return errEach
@@ -351,20 +353,19 @@ func (s *Server) enter(c net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.half) >= limit {
-		count := make(map[string]int)
 		most := ""
-		for _, from := range s.half {
-			if count[from]++; count[from] > count[most] {
+		for from, n := range s.from {
+			if n > s.from[most] {
 				most = from
 			}
 		}
-		i := rand.IntN(count[most])
+		i := rand.IntN(s.from[most])
 		for old, from := range s.half {
 			if from != most {
 				continue
 			}
 			if i == 0 {
-				delete(s.half, old)
+				s.leaveLocked(old)
 				old.Close()
 				break
 			}
@@ -372,6 +373,7 @@ func (s *Server) enter(c net.Conn) {
 		}
 	}
 	s.half[c] = from
+	s.from[from]++
 }
 
 // source is whom a lane is counted for: an address, of IPv6 its /64, which one
@@ -393,8 +395,20 @@ func source(a net.Addr) string {
 
 func (s *Server) leave(c net.Conn) {
 	s.mu.Lock()
-	delete(s.half, c)
+	s.leaveLocked(c)
 	s.mu.Unlock()
+}
+
+// leaveLocked takes a lane off those that are half open, once.
+func (s *Server) leaveLocked(c net.Conn) {
+	from, there := s.half[c]
+	if !there {
+		return
+	}
+	delete(s.half, c)
+	if s.from[from]--; s.from[from] == 0 {
+		delete(s.from, from)
+	}
 }
 
 // Drain closes the listeners and tells every channel, also those on their way,
