@@ -237,3 +237,19 @@ func mebibytes(now, before map[string]int) string {
 	}
 	return strings.Join(all, ", ")
 }
+
+// spent is how much of the processors a process has used.
+func spent(t testing.TB, p *process.Process) time.Duration {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Pid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), ") ") // the name before may contain anything
+	f := strings.Fields(rest)
+	var user, system int64
+	if _, err := fmt.Sscan(f[11]+" "+f[12], &user, &system); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100
+}
