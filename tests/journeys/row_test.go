@@ -38,6 +38,9 @@ type rowOptions struct {
 	inlet  []string
 	// shell is what each process's shell does first, by role, such as a limit: "ulimit -n 256".
 	shell map[string]string
+	// under is a command that each process runs under, by role, such as "ip netns exec NAME".
+	under map[string]string
+	host  string // the relay's; 127.0.0.1 unless said
 	env   []string
 }
 
@@ -52,6 +55,10 @@ func newRow(t testing.TB, o rowOptions) *row {
 	w := &row{house: &house{t: t, ctx: ctx, dir: t.TempDir()}, at: free(t), lanes: free(t), o: o, addr: o.from, logs: make(map[*process.Process]string)}
 	if w.addr == "" {
 		w.addr = free(t)
+	}
+	if o.host != "" {
+		_, port, _ := strings.Cut(w.at, ":")
+		w.at = o.host + ":" + port
 	}
 	w.startRelay()
 	w.enroll("db1", "--serve", "db")
@@ -97,7 +104,7 @@ func (w *row) each() map[string]*process.Process {
 func (w *row) launch(role, host string, args ...string) *process.Process {
 	w.t.Helper()
 	file := filepath.Join(w.dir, fmt.Sprintf("%s.%d.log", role, len(w.logs)))
-	script := `exec "$0" "$@" 2>"$LOG"`
+	script := `exec ` + w.o.under[role] + ` "$0" "$@" 2>"$LOG"`
 	if first := w.o.shell[role]; first != "" {
 		script = first + " && " + script
 	}
@@ -233,7 +240,7 @@ func elsewhere(t testing.TB) string {
 func mebibytes(now, before map[string]int) string {
 	var all []string
 	for _, role := range slices.Sorted(maps.Keys(now)) {
-		all = append(all, fmt.Sprintf("%s %.1f MiB (%.1f before)", role, float64(now[role])/(1<<20), float64(before[role])/(1<<20)))
+		all = append(all, fmt.Sprintf("%s %.1f MiB (%.1f before)", role, mib(now[role]), mib(before[role])))
 	}
 	return strings.Join(all, ", ")
 }
