@@ -86,7 +86,7 @@ func (d door) enter(ctx context.Context, source string, self *identity.Self, tru
 // more than to have seen it.
 func message1(t testing.TB, kind channel.Kind) []byte {
 	t.Helper()
-	self, trust := anybody(t)
+	self, trust := nobody(t)
 	a, b := net.Pipe()
 	go func() {
 		channel.Initiate(t.Context(), a, &channel.Config{Node: new(routing.Node), Self: self, Trust: trust, Kind: kind})

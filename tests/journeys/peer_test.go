@@ -48,8 +48,8 @@ func (p *peer) Frame(kind uint8, stream uint32, body []byte) error {
 
 func (p *peer) Flush() error { return nil }
 
-// anybody is an identity that nobody knows.
-func anybody(t testing.TB) (*identity.Self, *identity.Trust) {
+// nobody is an identity that none of them knows.
+func nobody(t testing.TB) (*identity.Self, *identity.Trust) {
 	t.Helper()
 	self, err := identity.NewSelf()
 	if err != nil {
