@@ -2,7 +2,6 @@ package journeys_test
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"maps"
 	"os"
@@ -46,13 +45,7 @@ type rowOptions struct {
 
 func newRow(t testing.TB, o rowOptions) *row {
 	t.Helper()
-	limit := 4 * time.Minute
-	if long() {
-		limit = time.Hour
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	t.Cleanup(cancel)
-	w := &row{house: &house{t: t, ctx: ctx, dir: t.TempDir()}, at: free(t), lanes: free(t), o: o, addr: o.from, logs: make(map[*process.Process]string)}
+	w := &row{house: newHomes(t, "authority"), at: free(t), lanes: free(t), o: o, addr: o.from, logs: make(map[*process.Process]string)}
 	if w.addr == "" {
 		w.addr = free(t)
 	}
