@@ -19,8 +19,8 @@ import (
 // Limits of a Server. The zero value has the defaults.
 type Limits struct {
 	// HalfOpen is how many lanes may be on their way to a confirmed channel;
-	// default 1,024. Each holds at most 16 KiB and lives at most 10 s, so all of
-	// them hold 16 MiB.
+	// default 512. Each holds at most 16 KiB and lives at most 10 s, so all of
+	// them hold 8 MiB, and a process grows by no more than 16 in a flood of them.
 	HalfOpen int
 	// Channels is how many confirmed channels are kept; default 16,384. At the cap
 	// one of a peer that has shown no credential goes, chosen by chance: anybody can
@@ -35,7 +35,7 @@ type Limits struct {
 
 // The defaults of Limits.
 const (
-	DefaultHalfOpen = 1024
+	DefaultHalfOpen = 512
 	DefaultChannels = 16384
 	defaultEach     = 256
 )
