@@ -123,7 +123,7 @@ func (o connectOptions) plan() (*connectPlan, error) {
 	}
 	var err error
 	if p.speaks, err = inlet.ParseKind(o.kind); err != nil {
-		return nil, fail(codeUsage, "raw, pg or http", "--kind %q is none", plain(o.kind))
+		return nil, fail(codeUsage, "raw, pg or http", "there is no --kind %q", plain(o.kind))
 	}
 	if o.command == nil {
 		const both = "connect: without -- CMD stdin and stdout are the stream"
@@ -348,12 +348,11 @@ func (c *connection) late(ctx context.Context, d *door) error {
 		return context.Cause(ctx)
 	}
 	state := d.server.State()
-	remedy := causes[codeUnreachable][1]
 	switch {
 	case state.Err == nil:
-		return fail(codeUnreachable, remedy, "outlet %s: neither a channel nor a decision within %s", d.name, c.timeout)
+		return fail(codeUnreachable, causes[codeUnreachable][1], "outlet %s: neither a channel nor a decision within %s", d.name, c.timeout)
 	case state.Peer == nil:
-		return fail(codeUnreachable, remedy, "outlet %s: no channel within %s: %w", d.name, c.timeout, state.Err)
+		return fail(codeUnreachable, remedyFor(state.Err), "outlet %s: no channel within %s: %w", d.name, c.timeout, state.Err)
 	case classify(state.Err).code.exit() == exitRefused: // its answer: a credential is over
 		return c.refused(d, state.Err)
 	}

@@ -70,7 +70,7 @@ func (o inletOptions) plan() (*inletPlan, error) {
 		return nil, err
 	}
 	if p.speaks, err = inlet.ParseKind(o.kind); err != nil {
-		return nil, fail(codeUsage, "raw, pg or http", "--kind %q is none", plain(o.kind))
+		return nil, fail(codeUsage, "raw, pg or http", "there is no --kind %q", plain(o.kind))
 	}
 	if len(o.hosts) > 0 && p.speaks != inlet.HTTP {
 		return nil, fail(codeUsage, "--kind http", "--host %s: only requests of --kind http name hosts", plain(o.hosts[0]))

@@ -99,7 +99,7 @@ func (o outletOptions) plan() (*outletPlan, error) {
 		return nil, err
 	}
 	if p.lanes, err = relay.ParseCarrier(o.carrier); err != nil {
-		return nil, fail(codeUsage, "dial-back or yamux", "--carrier %q is none", plain(o.carrier))
+		return nil, fail(codeUsage, "dial-back or yamux", "there is no --carrier %q", plain(o.carrier))
 	}
 	if p.ports, err = parseListens("listen", o.listen, false); err != nil {
 		return nil, err

@@ -260,9 +260,17 @@ func (o pingOptions) unreached(last inlet.State) error {
 	case last.Err == nil:
 		return fail(codeUnreachable, causes[codeUnreachable][1], "neither a channel nor a decision within %s", o.timeout)
 	case last.Peer == nil:
-		return fail(codeUnreachable, causes[codeUnreachable][1], "no channel within %s: %w", o.timeout, last.Err)
+		return fail(codeUnreachable, remedyFor(last.Err), "no channel within %s: %w", o.timeout, last.Err)
 	}
 	return o.undecided()
+}
+
+// remedyFor is what to do about an outlet that was not reached.
+func remedyFor(err error) string {
+	if refused, ok := errors.AsType[*stream.RefusedError](err); ok && refused.Code == stream.CodeAbsent {
+		return "start its outlet, or see by `portal names` which names are served"
+	}
+	return causes[codeUnreachable][1]
 }
 
 func (o pingOptions) undecided() error {
