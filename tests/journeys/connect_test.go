@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/portal-tunnel/portal/tests/fault"
+	"github.com/portal-tunnel/portal/tests/fault/proxy"
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
@@ -147,7 +147,7 @@ func TestAStreamOnStdinAndStdoutIsWholeOrItsExitStatusSaysNo(t *testing.T) {
 	h.enroll("db1", "--serve", "db")
 	h.enroll("bot", "--attr", "role=agent")
 	_, lanes := h.outlet("127.0.0.1:0", s.addr())
-	p, err := fault.New(lanes)
+	p, err := proxy.Listen("", lanes)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,17 +192,17 @@ func TestAStreamOnStdinAndStdoutIsWholeOrItsExitStatusSaysNo(t *testing.T) {
 			t.Errorf("%s: exit status %d\n%s", what, status, stderr)
 		}
 	}
-	for _, kind := range []fault.Kind{fault.FIN, fault.RST, fault.Flip} {
-		for _, direction := range []fault.Direction{fault.Out, fault.In} {
+	for _, kind := range []proxy.Kind{proxy.FIN, proxy.RST, proxy.Flip} {
+		for _, direction := range []proxy.Direction{proxy.Out, proxy.In} {
 			for range places {
 				// Behind the handshake and the question, which may be asked again.
 				for _, at := range []int64{16<<10 + rand.Int64N(transfer), transfer - 4<<10 + rand.Int64N(16<<10)} {
-					fired := p.Arm(kind, direction, at)
-					try(fmt.Sprintf("%v at %d, direction %d", kind, at, direction))
+					fired := p.Arm(proxy.Fault{Kind: kind, Direction: direction, At: at}).Done
+					try(fmt.Sprintf("%v at %d, direction %v", kind, at, direction))
 					select {
 					case <-fired:
 					default: // it was over before
-						p.Arm(kind, direction, 1<<40)
+						p.Arm(proxy.Fault{Kind: kind, Direction: direction, At: 1 << 40})
 					}
 				}
 			}

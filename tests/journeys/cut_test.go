@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/portal-tunnel/portal/tests/fault"
+	"github.com/portal-tunnel/portal/tests/fault/proxy"
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
@@ -92,12 +92,12 @@ func upload(t testing.TB, s *service, addr string, sure bool) error {
 func TestACutThatLooksLikeAnEndIsNoticed(t *testing.T) {
 	t.Parallel()
 	s := newService(t)
-	p, err := fault.New(s.addr())
+	p, err := proxy.Listen("", s.addr())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	p.Arm(fault.FIN, fault.In, transfer/2)
+	p.Arm(proxy.Fault{Kind: proxy.FIN, Direction: proxy.In, At: transfer / 2})
 	if err := download(t, s, p.Addr(), mark{}); err == nil || !strings.Contains(err.Error(), "clean end after 524288 bytes") {
 		t.Errorf("the check says %v", err)
 	}
@@ -117,7 +117,7 @@ func TestACutOnTheWayIsAnExactPrefixAndThenAReset(t *testing.T) {
 	h.enroll("db1", "--serve", "db")
 	h.enroll("bot", "--attr", "role=agent")
 	_, lanes := h.outlet("127.0.0.1:0", s.addr())
-	p, err := fault.New(lanes)
+	p, err := proxy.Listen("", lanes)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,24 +130,24 @@ func TestACutOnTheWayIsAnExactPrefixAndThenAReset(t *testing.T) {
 		places = 64
 	}
 	cuts := 0
-	for _, kind := range []fault.Kind{fault.FIN, fault.RST, fault.Flip} {
+	for _, kind := range []proxy.Kind{proxy.FIN, proxy.RST, proxy.Flip} {
 		for i := range places {
 			// The first kilobyte is left to what a connection before may still say.
 			at := 1<<10 + int64(i)*transfer/int64(places) + rand.Int64N(1<<10)
 
 			ready(t, addr) // else the fault meets a handshake, not the transfer
-			fired := p.Arm(kind, fault.In, at)
+			d := p.Arm(proxy.Fault{Kind: kind, Direction: proxy.In, At: at})
 			if err := download(t, s, addr, mark{}); err != nil {
-				t.Errorf("download, %v at %d: %v", kind, at, err)
+				t.Errorf("download, %v: %v", d, err)
 			}
-			<-fired
+			<-d.Done
 
 			ready(t, addr)
-			fired = p.Arm(kind, fault.Out, at)
+			d = p.Arm(proxy.Fault{Kind: kind, Direction: proxy.Out, At: at})
 			if err := upload(t, s, addr, at > 128<<10); err != nil {
-				t.Errorf("upload, %v at %d: %v", kind, at, err)
+				t.Errorf("upload, %v: %v", d, err)
 			}
-			<-fired
+			<-d.Done
 			cuts += 2
 		}
 	}

@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"github.com/portal-tunnel/portal/identity"
-	"github.com/portal-tunnel/portal/tests/fault"
+	"github.com/portal-tunnel/portal/tests/fault/proxy"
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
@@ -26,9 +26,9 @@ func TestNothingThatARelayCarriesIsReadable(t *testing.T) {
 			t.Parallel()
 			s := newService(t)
 			m := newBlindMeeting(t)
-			ways := map[string]*fault.Proxy{}
+			ways := map[string]*proxy.Server{}
 			for _, host := range []string{"office", "db1", "bot"} {
-				p, err := fault.New(m.at)
+				p, err := proxy.Listen("", m.at)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -71,7 +71,7 @@ func TestNothingThatARelayCarriesIsReadable(t *testing.T) {
 			}
 
 			// What a recorder would find if it were in clear.
-			plain, err := fault.New(s.addr())
+			plain, err := proxy.Listen("", s.addr())
 			if err != nil {
 				t.Fatal(err)
 			}
