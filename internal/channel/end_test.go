@@ -394,6 +394,36 @@ func TestSilenceFor25SecondsIsDeath(t *testing.T) {
 	})
 }
 
+// A length that is put between two records takes what follows for one that never ends. What comes then is
+// no sign of life, though the lane is never silent.
+func TestBytesThatMakeNoRecordAreNoSignOfLife(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, x, _ := open(t, memnet.Link{Latency: time.Millisecond})
+		first := true
+		x.OnWrite(func(_ int64, rec []byte) []byte {
+			if first {
+				first = false
+				return append([]byte{0xff, 0xff}, rec...)
+			}
+			return rec
+		})
+		begin := time.Now()
+		check(t, a.send(new(buffer.Queue), []byte{1}))
+		if err := <-b.ran; err != ErrDead {
+			t.Errorf("ended with %v", err)
+		}
+		if d := time.Since(begin); d > deadAfter+lookEvery {
+			t.Errorf("dead after %v", d)
+		}
+		if n := len(b.got.all()); n > 0 {
+			t.Errorf("%d frames arrived", n)
+		}
+		if err := <-a.ran; err == nil {
+			t.Error("the other end ended without an error")
+		}
+	})
+}
+
 func TestAnythingHeardKeepsAChannelAlive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b, _, y := open(t, memnet.Link{})
