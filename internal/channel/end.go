@@ -57,7 +57,8 @@ var (
 )
 
 // Handler takes the frames of all streams, on the lane reader's goroutine. It
-// must not wait, but for Clear. A body is valid until the Flush that follows it returns.
+// must not wait, but for Clear. A body is valid until the Flush that follows it returns. One
+// that has a method Fail(error) is told by it when what came was wrong.
 type Handler interface {
 	Frame(kind uint8, stream uint32, body []byte) error
 	Flush() error
@@ -369,6 +370,10 @@ func (e *End) Run(h Handler) error {
 		code := CloseProtocol
 		if abuse := (interface{ Abuse() bool })(nil); errors.As(err, &abuse) {
 			code = CloseAbuse
+		}
+		// First of all: telling the other end takes as long as the lane does.
+		if f, ok := h.(interface{ Fail(error) }); ok {
+			f.Fail(err)
 		}
 		if e.leave(code, err, "") {
 			e.flushed()

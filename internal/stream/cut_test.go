@@ -109,6 +109,43 @@ func cutOnce(t *testing.T, cut func(*memnet.Conn, int64), upload, forth bool, of
 	})
 }
 
+// TestADamagedRecordResetsStreamsBeforeTheOtherEndIsTold: the lane's other direction
+// has seconds of data in front of the reason.
+func TestADamagedRecordResetsStreamsBeforeTheOtherEndIsTold(t *testing.T) {
+	virtual(t, memnet.Link{Rate: 32 << 10}, stream.Limits{}, func(w *world) {
+		f := join(w, w.x, w.incoming, inMemory)
+		flows := []*flow{f}
+		var all sync.WaitGroup
+		for range 16 { // each has a window of 64 KiB
+			g := join(w, w.x, w.incoming, inMemory)
+			flows = append(flows, g)
+			all.Go(func() { g.far.Write(random(256<<10, 1)) })
+		}
+		time.Sleep(5 * time.Second)
+		w.alive()
+		w.a.OnWrite(func(_ int64, b []byte) []byte { b[len(b)-1] ^= 1; return b })
+		begin := time.Now()
+		if _, err := f.near.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := f.far.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+		if d := time.Since(begin); d > time.Second {
+			t.Errorf("reset after %v", d)
+		}
+		all.Wait()
+		for _, g := range flows {
+			<-g.joinX
+			<-g.joinY
+		}
+		<-w.x.ran
+		<-w.y.ran
+		w.x.ran <- nil
+		w.y.ran <- nil
+	})
+}
+
 // now is how many bytes end i has written to the lane: base counts the
 // handshake, the rest is counted here from the frames that are known.
 func (w *world) now(i int) int64 {
