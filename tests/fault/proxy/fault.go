@@ -19,7 +19,7 @@ const (
 	Flip                  // one bit is another
 	Drop                  // it is left out
 	Duplicate             // it comes twice
-	Swap                  // it comes behind the next one
+	Swap                  // it comes behind the next one, or last
 	Replay                // the direction's first one comes again, before it
 	Stale                 // the one of the same number of the connection before comes, in its place
 	Insert                // one of N bytes that nobody sealed comes before it
@@ -56,8 +56,8 @@ func (d Direction) String() string { return [...]string{"out", "in"}[d] }
 type Unit int
 
 // The units. Bytes are counted over all connections that the fault is for, from Arm on. Records and
-// messages have the numbers of SPEC.md: records from 0, which is the confirmation, in their direction;
-// messages from 1 to 3. Only connections made after Arm have any.
+// messages have the numbers of SPEC.md in their connection: records from 0, which is the confirmation, each
+// direction by itself; messages from 1 to 3. The first connection where it comes is hit.
 const (
 	Byte Unit = iota
 	Record
@@ -152,23 +152,37 @@ type Damage struct {
 
 	// The server's lock.
 	left  int64 // bytes that pass before it
-	after int   // the last connection that was there when it was armed
 	hits  int   // connections that it hit
 	ended int
 	first []byte // an exchange's first record
-	since time.Time
 
-	came chan []byte // what an exchange's first half gets for it
+	came         chan []byte // what an exchange's first half gets for it
+	doneAt, next time.Time   // of Done and Followed
 }
 
-// Since is when Followed was closed.
-func (d *Damage) Since() time.Time {
+// happens is called before anybody else can see it, happened afterwards.
+func (d *Damage) happens()  { d.doneAt = time.Now() }
+func (d *Damage) happened() { close(d.done) }
+
+func (d *Damage) passedOn() {
+	d.next = time.Now()
+	close(d.followed)
+}
+
+// DoneAt waits for Done and says when it was begun.
+func (d *Damage) DoneAt() time.Time {
+	<-d.Done
+	return d.doneAt
+}
+
+// FollowedAt waits for Followed and says when that was begun.
+func (d *Damage) FollowedAt() time.Time {
 	<-d.Followed
-	return d.since
+	return d.next
 }
 
-func newDamage(f Fault, after int) *Damage {
-	d := &Damage{Fault: f, left: f.At, after: after, done: make(chan struct{}), followed: make(chan struct{}), over: make(chan struct{}), came: make(chan []byte, 1)}
+func newDamage(f Fault) *Damage {
+	d := &Damage{Fault: f, left: f.At, done: make(chan struct{}), followed: make(chan struct{}), over: make(chan struct{}), came: make(chan []byte, 1)}
 	d.Done, d.Followed, d.Over = d.done, d.followed, d.over
 	return d
 }

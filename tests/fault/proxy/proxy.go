@@ -20,7 +20,7 @@ const (
 	delayed = 128
 	// kept is how many records of a connection Replay and Stale may take, and keptBytes how many bytes
 	// of them are held, a direction.
-	kept, keptBytes = 128, 8 << 20
+	kept, keptBytes = 64, 4 << 20
 	// finTime is how long a connection that was closed in good order is read from, so that what the peer
 	// was still sending does not turn the end it reads into a reset.
 	finTime = time.Second
@@ -35,7 +35,6 @@ type Server struct {
 
 	mu     sync.Mutex
 	links  map[*link]struct{}
-	serial int // of the last link
 	damage *Damage
 	before map[uint8]*[2][][]byte // for each preface and direction the records of the longest link that ended, of such the last
 	delay  time.Duration
@@ -70,7 +69,7 @@ func (s *Server) Arm(f Fault) *Damage {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.damage = newDamage(f, s.serial)
+	s.damage = newDamage(f)
 	return s.damage
 }
 
@@ -147,28 +146,22 @@ func (s *Server) accept() {
 			time.Sleep(10 * time.Millisecond)
 			continue
 		}
-		// Before the target sees it: whoever arms a fault behind that does not mean this one.
-		s.mu.Lock()
-		s.serial++
-		l := &link{server: s, serial: s.serial, gone: make(chan struct{}), rate: s.rate}
-		l.counted = s.damage != nil && s.damage.Unit != Byte
-		delay := s.delay
-		s.mu.Unlock()
 		a := c.(*net.TCPConn)
-		if c, err = net.Dial("tcp", s.to); err != nil {
+		c, err = net.Dial("tcp", s.to)
+		if err != nil {
 			a.SetLinger(0)
 			a.Close()
 			continue
 		}
-		l.conns = [2]*net.TCPConn{a, c.(*net.TCPConn)}
-		s.start(l, delay)
+		s.start(a, c.(*net.TCPConn))
 	}
 }
 
-// start starts a link, which owns its connections.
-func (s *Server) start(l *link, delay time.Duration) {
+// start makes a link of two connections, which it owns from now on.
+func (s *Server) start(a, b *net.TCPConn) {
 	s.mu.Lock()
-	done := s.done
+	l := &link{server: s, conns: [2]*net.TCPConn{a, b}, gone: make(chan struct{}), rate: s.rate}
+	delay, done := s.delay, s.done
 	if !done {
 		s.links[l] = struct{}{}
 	}
@@ -202,6 +195,12 @@ func (s *Server) start(l *link, delay time.Duration) {
 			c.Close()
 		}
 		l.end()
+		for _, h := range halves {
+			if h.swapped != nil { // nothing came that it could be behind
+				h.pending.happens()
+				h.pending.happened()
+			}
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.links, l)
@@ -239,11 +238,9 @@ func (s *Server) hit(l *link, meant func(*Damage) bool) *Damage {
 // link is one connection, both its sides.
 type link struct {
 	server  *Server
-	serial  int
 	conns   [2]*net.TCPConn // the dialler's, the target's
 	writing [2]sync.Mutex
 	tapes   [2]*[]byte // what is written to each side; the server's lock
-	counted bool       // in records
 	rate    int64
 	preface atomic.Uint32
 	mute    atomic.Bool // nothing is passed on any more
@@ -410,14 +407,14 @@ func (h *half) run() {
 
 // pass passes bytes on, or does to them what is to be done.
 func (h *half) pass(b []byte) error {
-	if len(b) > 0 && !h.link.counted {
-		h.follow()
-	}
-	n, cut := h.judge(b)
-	out, atRecord := h.cut(b[:n])
-	if cut == nil {
-		cut = atRecord
-	} else {
+	n, d := h.judge(b)
+	out, cut := h.cut(b[:n])
+	switch {
+	case d == nil:
+	case d.Kind == Flip:
+		h.shadow = d
+	default:
+		cut = d
 		out = append(out, h.cutter.rest()...)
 	}
 	var err error
@@ -425,17 +422,18 @@ func (h *half) pass(b []byte) error {
 		err = h.link.write(h.to, out)
 	}
 	if cut != nil {
+		cut.happens()
 		h.link.cut(cut.Kind)
-		close(cut.done)
+		cut.happened()
 	}
 	return err
 }
 
-// judge counts bytes against a fault in them. It says how many pass, and gives the fault when the
-// connection is to be cut behind them; a bit it flips itself.
-func (h *half) judge(b []byte) (pass int, cut *Damage) {
+// judge counts bytes against a fault in them. It gives the fault when it is in these, and how many pass; a
+// bit it flips itself.
+func (h *half) judge(b []byte) (pass int, d *Damage) {
 	pass = len(b)
-	d := h.link.server.hit(h.link, func(d *Damage) bool {
+	d = h.link.server.hit(h.link, func(d *Damage) bool {
 		if d.Unit != Byte || d.Direction != h.way || len(b) == 0 {
 			return false
 		}
@@ -445,22 +443,20 @@ func (h *half) judge(b []byte) (pass int, cut *Damage) {
 		pass += int(d.left)
 		return true
 	})
-	switch {
-	case d == nil:
-		return len(b), nil
-	case d.Kind == Flip:
+	if d != nil && d.Kind == Flip {
 		b[pass] ^= 0x80 >> d.N
-		close(d.done)
-		h.shadow = d
-		return len(b), nil
+		d.happens()
+		d.happened()
+		pass = len(b)
 	}
 	return pass, d
 }
 
-// cut splits bytes into records where the link counts them, and does to a record what is to be done. It
-// gives what is to be passed on, and the fault when the connection is to be cut behind that.
+// cut splits bytes into records, and does to a record what is to be done. It gives what is to be passed on,
+// and the fault when the connection is to be cut behind that.
 func (h *half) cut(b []byte) (out []byte, cut *Damage) {
-	if !h.link.counted {
+	if h.cutter.plain {
+		h.follow()
 		return b, nil
 	}
 	h.cutter.feed(b)
@@ -470,7 +466,7 @@ func (h *half) cut(b []byte) (out []byte, cut *Damage) {
 			return out, nil
 		}
 		d := h.link.server.hit(h.link, func(d *Damage) bool {
-			return d.Unit != Byte && d.Unit == p.unit && d.At == p.number && d.Direction == h.way && d.after < h.link.serial && h.able(d, p)
+			return d.Unit != Byte && d.Unit == p.unit && d.At == p.number && d.Direction == h.way && h.able(d, p)
 		})
 		if d == nil {
 			h.keep(p)
@@ -479,13 +475,17 @@ func (h *half) cut(b []byte) (out []byte, cut *Damage) {
 			if h.swapped != nil {
 				out = append(out, h.swapped...)
 				h.swapped = nil
-				close(h.pending.done)
+				h.pending.happens()
+				h.pending.happened()
 				h.shadow = h.pending
 			}
 			continue
 		}
 		if d.Kind < Flip {
 			return out, d
+		}
+		if d.Kind != Exchange {
+			d.happens()
 		}
 		instead, ok := h.instead(d, p)
 		h.keep(p)
@@ -497,7 +497,7 @@ func (h *half) cut(b []byte) (out []byte, cut *Damage) {
 				h.link.reset()
 			}
 			out = out[:0]
-			close(d.done)
+			d.happened()
 		}
 	}
 }
@@ -549,6 +549,7 @@ func (h *half) exchange(d *Damage, b []byte) ([]byte, bool) {
 	}
 	s.mu.Unlock()
 	if !first {
+		d.happens()
 		d.came <- b
 		return d.first, true
 	}
@@ -571,8 +572,7 @@ func (h *half) keep(p piece) {
 // follow says that something is about to be passed on behind a fault.
 func (h *half) follow() {
 	if h.shadow != nil {
-		h.shadow.since = time.Now()
-		close(h.shadow.followed)
+		h.shadow.passedOn()
 		h.shadow = nil
 	}
 }

@@ -296,6 +296,16 @@ func TestAFaultIsInItsRecord(t *testing.T) {
 	}
 }
 
+func TestASwappedRecordThatIsTheLastComesAllTheSame(t *testing.T) {
+	r := newRig(t)
+	d := r.Arm(Fault{Kind: Swap, Direction: Out, Unit: Record, At: 5})
+	got, _ := converse(r.pair(), conversation("it"))
+	if !bytes.Equal(got[Out], bytes.Join(conversation("it")[Out], nil)) {
+		t.Errorf("%q went out", got[Out])
+	}
+	done(t, "the fault", d.Done)
+}
+
 func TestAResetAtARecord(t *testing.T) {
 	r := newRig(t)
 	d := r.Arm(Fault{Kind: RST, Direction: In, Unit: Record, At: 1})
@@ -396,25 +406,27 @@ func TestAStaleRecordIsOfTheConnectionBefore(t *testing.T) {
 
 func TestAFaultIsForItsConnections(t *testing.T) {
 	r := newRig(t)
-	early := r.pair()
-	d := r.Arm(Fault{Kind: Drop, Direction: Out, Unit: Record, At: 0, Preface: Lane})
+	d := r.Arm(Fault{Kind: Drop, Direction: Out, Unit: Record, At: 1, Preface: Lane})
 	for _, c := range []struct {
 		name  string
-		ends  [2]*net.TCPConn
 		begin []byte
+		n     int // records
 		want  bool
 	}{
-		{"one that was there before", early, preface(Lane), false},
-		{"one for something else", r.pair(), preface(Control), false},
-		{"one in another protocol", r.pair(), []byte("GET / HTTP/1.0 and more, so that it is as long"), false},
-		{"a lane", r.pair(), preface(Lane), true},
-		{"the next lane", r.pair(), preface(Lane), false},
+		{"one for something else", preface(Control), 3, false},
+		{"one in another protocol", []byte("GET / HTTP/1.0 and more, so that it is as long"), 3, false},
+		{"a lane that does not come so far", preface(Lane), 1, false},
+		{"a lane", preface(Lane), 3, true},
+		{"the next lane", preface(Lane), 3, false},
 	} {
-		whole := [2][][]byte{{c.begin, record("message"), record("message"), record("record 0"), record("record 1")}, nil}
-		if c.want { // on the outlet's leg a lane's first message is number 2, and the only one
-			whole[Out] = slices.Delete(whole[Out], 2, 3)
+		whole := [2][][]byte{{c.begin, record("message")}, nil}
+		if c.begin[5] == Control { // an initiator has two messages, whoever dials as a responder one
+			whole[Out] = append(whole[Out], record("message"))
 		}
-		got, _ := converse(c.ends, whole)
+		for i := range c.n {
+			whole[Out] = append(whole[Out], record("record %d", i))
+		}
+		got, _ := converse(r.pair(), whole)
 		sent := bytes.Join(whole[Out], nil)
 		if bytes.Equal(got[Out], sent) == c.want {
 			t.Errorf("%s: %d of %d bytes arrived", c.name, len(got[Out]), len(sent))
@@ -422,16 +434,12 @@ func TestAFaultIsForItsConnections(t *testing.T) {
 	}
 	done(t, "the fault", d.Done)
 
-	// Bytes are counted over those that are meant, also of old ones.
-	old := r.pair()
-	d = r.Arm(Fault{Kind: FIN, Direction: Out, At: 30, Preface: Service})
-	for _, kind := range []uint8{Control, Service} {
-		if got, _ := converse(r.pair(), [2][][]byte{{preface(kind)}, nil}); len(got[Out]) != prefaceSize {
-			t.Errorf("%d bytes arrived", len(got[Out]))
+	// Bytes are counted over all that are meant.
+	d = r.Arm(Fault{Kind: FIN, Direction: Out, At: 2*prefaceSize + 6, Preface: Service})
+	for _, c := range []struct{ kind, want int }{{Control, prefaceSize}, {Service, prefaceSize}, {Lane, prefaceSize}, {Service, prefaceSize}, {Service, 6}, {Service, prefaceSize}} {
+		if got, _ := converse(r.pair(), [2][][]byte{{preface(uint8(c.kind))}, nil}); len(got[Out]) != c.want {
+			t.Errorf("%d: %d bytes arrived, want %d", c.kind, len(got[Out]), c.want)
 		}
-	}
-	if got, _ := converse(old, [2][][]byte{{preface(Service)}, nil}); len(got[Out]) != 30-prefaceSize {
-		t.Errorf("%d bytes arrived", len(got[Out]))
 	}
 	done(t, "the fault", d.Done)
 }
