@@ -1,6 +1,6 @@
 # make test    everything a change must pass; installs what tests need (Debian) and says so
 # make long    the same tests with PORTAL_LONG=1, and a minute for each fuzz target
-# make bench   side by side: nothing, plain forwarders, ssh -L, portal
+# make bench   side by side, ten minutes: nothing, plain forwarders, the peers that are installed, portal
 # make build   bin/portal, static
 
 GO       ?= go
@@ -30,7 +30,7 @@ long: needs check
 
 bench:
 	.ci/needs bench
-	$(GO) run ./tests/bench -o bench.json
+	$(GO) run ./tests/bench -o bench.json -svg bench.svg
 
 needs:
 	.ci/needs test
@@ -60,4 +60,4 @@ fuzz:
 	FUZZTIME=$(FUZZTIME) GO='$(GO)' .ci/fuzz $(PACKAGES)
 
 clean:
-	rm -rf bin bench.json
+	rm -rf bin bench.json bench.svg

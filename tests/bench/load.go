@@ -17,30 +17,6 @@ import (
 // patience is what a load grants beyond its time before it calls a connection stuck.
 const patience = 20 * time.Second
 
-// A figure is one number of a load. Less says that less of it is better.
-type figure struct {
-	Name string `json:"name"`
-	Unit string `json:"unit"`
-	Less bool   `json:"less_is_better"`
-}
-
-type load struct {
-	name    string
-	streams int
-	figures []figure
-	run     func(ctx context.Context, addr string, streams int, d time.Duration) ([]float64, error) // one value a figure
-}
-
-var loads = []load{
-	{"rtt1", 1, []figure{{"rtt1 p50", "µs", true}, {"rtt1 p99", "µs", true}}, roundTrips},
-	{"rtt16", 16, []figure{{"rtt16 p50", "µs", true}, {"rtt16 p99", "µs", true}}, roundTrips},
-	{"up1", 1, []figure{{"up1", "MB/s", false}}, up},
-	{"up8", 8, []figure{{"up8", "MB/s", false}}, up},
-	{"down1", 1, []figure{{"down1", "MB/s", false}}, down},
-	{"down8", 8, []figure{{"down8", "MB/s", false}}, down},
-	{"conns", 8, []figure{{"conns", "1/s", false}}, connections},
-}
-
 func dial(ctx context.Context, addr string, d time.Duration) (*net.TCPConn, error) {
 	conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", addr)
 	if err != nil {
@@ -82,9 +58,23 @@ func streamsOf(ctx context.Context, addr string, n int, d time.Duration, each fu
 	return time.Since(start), errors.Join(errs...)
 }
 
-// roundTrips sends 64 bytes and waits for them, again and again: p50 and p99 in µs.
-func roundTrips(ctx context.Context, addr string, streams int, d time.Duration) ([]float64, error) {
-	const size, warm = 64, 20
+// A spread is of many durations.
+type spread struct{ p50, p99 time.Duration }
+
+func spreadOf(all []time.Duration) spread {
+	slices.Sort(all)
+	at := func(p float64) time.Duration { return all[int(p*float64(len(all)-1))] }
+	return spread{at(.50), at(.99)}
+}
+
+func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
+func millis(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// roundTrips sends 64 bytes and waits for them, again and again, for d in each stream.
+func roundTrips(ctx context.Context, addr string, streams int, d time.Duration) (spread, error) {
+	const size = 64
+	// Not counted: the first 20, or over a slow link those of the first tenth of the time.
+	const warm = 20
 	var mu sync.Mutex
 	var all []time.Duration
 	_, err := streamsOf(ctx, addr, streams, d, func(c *net.TCPConn) error {
@@ -93,10 +83,10 @@ func roundTrips(ctx context.Context, addr string, streams int, d time.Duration) 
 		}
 		ask, answer := make([]byte, size), make([]byte, size)
 		samples := make([]time.Duration, 0, 1<<16)
-		end := time.Now().Add(d)
+		begin := time.Now()
 		for i := uint64(0); ; i++ {
 			start := time.Now()
-			if start.After(end) {
+			if start.Sub(begin) > d && len(samples) > 0 {
 				break
 			}
 			binary.BigEndian.PutUint64(ask, i) // an answer to another ask must not pass
@@ -109,7 +99,7 @@ func roundTrips(ctx context.Context, addr string, streams int, d time.Duration) 
 			if !bytes.Equal(ask, answer) {
 				return errors.New("the echo is not what was sent")
 			}
-			if i >= warm {
+			if i >= warm || start.Sub(begin) > d/10 {
 				samples = append(samples, time.Since(start))
 			}
 		}
@@ -119,21 +109,67 @@ func roundTrips(ctx context.Context, addr string, streams int, d time.Duration) 
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return spread{}, err
 	}
-	if len(all) == 0 {
-		return nil, errors.New("no round trip after the warm-up")
-	}
-	slices.Sort(all)
-	at := func(p float64) float64 {
-		return float64(all[int(p*float64(len(all)-1))]) / float64(time.Microsecond)
-	}
-	return []float64{at(.50), at(.99)}, nil
+	return spreadOf(all), nil
 }
 
-// up writes for d, ends its side, and waits for the server to say how many bytes it got: MB/s
-// from the first byte to that answer, so that nothing in a buffer counts as sent.
-func up(ctx context.Context, addr string, streams int, d time.Duration) ([]float64, error) {
+// beside runs round trips for d beside a bulk download, which begins before them and is still under
+// way when they end.
+func beside(ctx context.Context, addr string, d time.Duration) (spread, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	flows := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() { ended <- flood(ctx, addr, flows, d) }()
+	select {
+	case err := <-ended:
+		return spread{}, fmt.Errorf("the bulk beside: %w", err)
+	case <-flows:
+	}
+	s, err := roundTrips(ctx, addr, 1, d)
+	select {
+	case early := <-ended:
+		return spread{}, fmt.Errorf("the bulk beside ended early: %w", early)
+	default:
+	}
+	cancel()
+	<-ended
+	return s, err
+}
+
+// flood downloads until ctx ends; the first bytes close flows.
+func flood(ctx context.Context, addr string, flows chan<- struct{}, d time.Duration) error {
+	_, err := streamsOf(ctx, addr, 1, d, func(c *net.TCPConn) error {
+		c.SetLinger(0) // what is under way need not arrive
+		if _, err := c.Write(binary.BigEndian.AppendUint64([]byte{opDown}, uint64(d+patience))); err != nil {
+			return err
+		}
+		first, buf := true, make([]byte, bulkChunk)
+		for {
+			if _, err := c.Read(buf); err != nil {
+				return err
+			}
+			if first {
+				close(flows)
+				first = false
+			}
+		}
+	})
+	return err
+}
+
+// A bulk is bytes that went through, and how long it took.
+type bulk struct {
+	bytes uint64
+	took  time.Duration
+}
+
+func (b bulk) rate() float64 { return float64(b.bytes) / 1e6 / b.took.Seconds() } // MB/s
+
+// up writes for d, ends its side, and waits for the server to say how many bytes it got: timed from
+// the first byte to that answer, so that nothing in a buffer counts as sent.
+func up(ctx context.Context, addr string, streams int, d time.Duration) (bulk, error) {
 	var total atomic.Uint64
 	took, err := streamsOf(ctx, addr, streams, d, func(c *net.TCPConn) error {
 		if _, err := c.Write([]byte{opUp}); err != nil {
@@ -164,12 +200,12 @@ func up(ctx context.Context, addr string, streams int, d time.Duration) ([]float
 		total.Add(sent)
 		return nil
 	})
-	return []float64{float64(total.Load()) / 1e6 / took.Seconds()}, err
+	return bulk{total.Load(), took}, err
 }
 
 // down reads what the server sends for d, to its end, whose last 8 bytes must say how many came
-// before them: MB/s.
-func down(ctx context.Context, addr string, streams int, d time.Duration) ([]float64, error) {
+// before them.
+func down(ctx context.Context, addr string, streams int, d time.Duration) (bulk, error) {
 	var total atomic.Uint64
 	took, err := streamsOf(ctx, addr, streams, d, func(c *net.TCPConn) error {
 		if _, err := c.Write(binary.BigEndian.AppendUint64([]byte{opDown}, uint64(d))); err != nil {
@@ -185,7 +221,7 @@ func down(ctx context.Context, addr string, streams int, d time.Duration) ([]flo
 		total.Add(got)
 		return nil
 	})
-	return []float64{float64(total.Load()) / 1e6 / took.Seconds()}, err
+	return bulk{total.Load(), took}, err
 }
 
 // readCounting reads to the end: how many bytes there were, and the last 8 of them as a number.
@@ -205,10 +241,11 @@ func readCounting(r io.Reader) (n, last uint64, err error) {
 	}
 }
 
-// connections opens one after another in each stream: connect, ask, answer, end of both sides.
+// connections opens one after another in each stream: connect, ask, answer, end of both sides. It
+// gives how many there were in a second.
 // The server ends first, so that the port that waits (TIME_WAIT) is the listener's, and nobody
 // runs out of ephemeral ones.
-func connections(ctx context.Context, addr string, streams int, d time.Duration) ([]float64, error) {
+func connections(ctx context.Context, addr string, streams int, d time.Duration) (float64, error) {
 	errs := make([]error, streams)
 	var count atomic.Uint64
 	var wg sync.WaitGroup
@@ -222,7 +259,7 @@ func connections(ctx context.Context, addr string, streams int, d time.Duration)
 		})
 	}
 	wg.Wait()
-	return []float64{float64(count.Load()) / time.Since(start).Seconds()}, errors.Join(errs...)
+	return float64(count.Load()) / time.Since(start).Seconds(), errors.Join(errs...)
 }
 
 func connection(ctx context.Context, addr string, d time.Duration) error {

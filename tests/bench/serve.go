@@ -16,6 +16,7 @@ const (
 	opUp      = 'U' // then bytes to the client's end; answered by their number, u64 big-endian
 	opDown    = 'D' // then for how long, u64 nanoseconds; answered by bytes for that time, whose last 8 are the number of those before
 	opConnect = 'C' // answered by this byte and the server's end
+	opHTTP    = 'G' // of GET: HTTP; see sse.go
 )
 
 const (
@@ -24,17 +25,21 @@ const (
 	listening    = "bench: listening on "
 )
 
-func serveCommand() error {
-	l, err := listen()
+// serveCommand is the server behind all systems: `serve IP`.
+func serveCommand(args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: serve IP")
+	}
+	l, err := listen(args[0])
 	if err != nil {
 		return err
 	}
 	return accept(l, serve)
 }
 
-// listen takes a free loopback port and prints it, which is what the parent waits for.
-func listen() (*net.TCPListener, error) {
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
+// listen takes a free port and prints it, which is what the parent waits for.
+func listen(ip string) (*net.TCPListener, error) {
+	l, err := net.Listen("tcp4", net.JoinHostPort(ip, "0"))
 	if err != nil {
 		return nil, err
 	}
@@ -83,6 +88,8 @@ func serve(c *net.TCPConn) error {
 	case opConnect:
 		_, err := c.Write(op[:])
 		return err
+	case opHTTP:
+		return serveHTTP(c, op[:])
 	}
 	return errors.New("no such operation")
 }
@@ -105,20 +112,20 @@ func generate(c *net.TCPConn, d time.Duration) error {
 type onlyReader struct{ io.Reader }
 type onlyWriter struct{ io.Writer }
 
-// forwardCommand is one plain forwarder: `forward copy|splice TARGET`.
+// forwardCommand is one plain forwarder: `forward copy|splice IP TARGET`.
 func forwardCommand(args []string) error {
-	if len(args) != 2 {
-		return errors.New("usage: forward copy|splice TARGET")
+	if len(args) != 3 {
+		return errors.New("usage: forward copy|splice IP TARGET")
 	}
 	how, ok := map[string]func(dst, src *net.TCPConn) error{"copy": copyBytes, "splice": spliceBytes}[args[0]]
 	if !ok {
 		return fmt.Errorf("no way to forward %q", args[0])
 	}
-	l, err := listen()
+	l, err := listen(args[1])
 	if err != nil {
 		return err
 	}
-	return accept(l, func(c *net.TCPConn) error { return forward(c, args[1], how) })
+	return accept(l, func(c *net.TCPConn) error { return forward(c, args[2], how) })
 }
 
 func copyBytes(dst, src *net.TCPConn) error {

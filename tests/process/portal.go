@@ -19,10 +19,10 @@ type Portal struct {
 	Within []string
 }
 
-// BuildPortal builds cmd/portal, as it is shipped, into dir.
-func BuildPortal(ctx context.Context, dir string) (*Portal, error) {
+// BuildPortal builds cmd/portal into dir: as it is shipped, or with further build tags.
+func BuildPortal(ctx context.Context, dir string, tags ...string) (*Portal, error) {
 	p := &Portal{Path: filepath.Join(dir, "portal")}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags", "urfave_cli_no_docs",
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags", strings.Join(append([]string{"urfave_cli_no_docs"}, tags...), ","),
 		"-o", p.Path, "github.com/portal-tunnel/portal/cmd/portal")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
