@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 // serving runs handle behind a loopback port until the test ends.
@@ -39,7 +41,7 @@ func TestEveryLoadPassesTwoForwarders(t *testing.T) {
 		"copy":    forwarding(t, forwarding(t, server, copyBytes), copyBytes),
 		"splice":  forwarding(t, forwarding(t, server, spliceBytes), spliceBytes),
 	} {
-		d := &deployment{addr: addr}
+		d := &deployment{Deployment: &tunnels.Deployment{Addr: addr}}
 		for _, s := range settings {
 			if s.postgres {
 				continue // it has a target of its own

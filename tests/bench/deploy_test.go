@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/tests/process"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 // The programs of this file's rigs are this test's own: see TestMain.
@@ -53,21 +55,21 @@ func TestTheWayOfTwoRelaysCarriesLoadsAndIsMeasured(t *testing.T) {
 	}
 	p := &plan{d: 50 * time.Millisecond}
 	for _, l := range s.loads {
-		for _, part := range d.parts {
-			if err := part.profile(t.Context(), ""); err != nil {
+		for _, part := range d.Parts {
+			if err := takeProfile(t.Context(), part, ""); err != nil {
 				t.Fatal(err)
 			}
 		}
 		if _, err := l.run(t.Context(), d, p); err != nil {
 			t.Errorf("%s: %v", l.name, err)
 		}
-		for _, part := range d.parts {
+		for _, part := range d.Parts {
 			file := filepath.Join(t.TempDir(), "pprof")
-			if err := part.profile(t.Context(), file); err != nil {
+			if err := takeProfile(t.Context(), part, file); err != nil {
 				t.Fatal(err)
 			}
 			if b, err := os.ReadFile(file); err != nil || len(b) == 0 {
-				t.Errorf("the profile of %s: %d bytes, %v", part.name, len(b), err)
+				t.Errorf("the profile of %s: %d bytes, %v", part.Name, len(b), err)
 			}
 		}
 	}
@@ -94,8 +96,8 @@ func TestTheWayOfTwoRelaysCarriesLoadsAndIsMeasured(t *testing.T) {
 			t.Errorf("%s: %g goroutines a stream", part, got)
 		}
 	}
-	d.stop()
-	if err := d.ended(); err == nil {
+	d.Stop()
+	if err := d.Ended(); err == nil {
 		t.Error("it has been stopped and runs")
 	}
 }
@@ -117,7 +119,7 @@ func TestWhatASystemSpendsIsCountedWithItsChildren(t *testing.T) {
 	defer p.Stop(time.Second)
 	var spent []time.Duration
 	for _, said := range []string{"one", "two"} {
-		if _, err := line(t.Context(), p, "^("+said+")$"); err != nil {
+		if _, err := tunnels.Line(t.Context(), p, "^("+said+")$"); err != nil {
 			t.Fatal(err)
 		}
 		cpu, err := cpuTime(p.Pid())
@@ -163,19 +165,6 @@ func TestMemoryOfAProcessGrowsWithWhatItHolds(t *testing.T) {
 	}
 	if grown := after - before; grown < size/2 {
 		t.Errorf("%d bytes more are held, %g seen", size, grown)
-	}
-}
-
-func TestAMissingPeerIsNamedWithItsInstallation(t *testing.T) {
-	t.Setenv("PATH", t.TempDir())
-	for _, s := range systems {
-		err := s.missing()
-		if s.peer && s.key != "ssh" && err == nil {
-			t.Errorf("%s is found in an empty directory", s.name)
-		}
-		if s.peer && s.install == "" || !s.peer && err != nil {
-			t.Errorf("%s: %v", s.name, err)
-		}
 	}
 }
 

@@ -111,7 +111,7 @@ func idle(ctx context.Context, d *deployment, n int) (outcome, error) {
 	if err != nil {
 		return outcome{}, err
 	}
-	all, err := gather(ctx, d.addr, n)
+	all, err := gather(ctx, d.Addr, n)
 	if err != nil {
 		return outcome{}, err
 	}
@@ -124,16 +124,16 @@ func idle(ctx context.Context, d *deployment, n int) (outcome, error) {
 		return outcome{}, err
 	}
 	o := outcome{values: []float64{0, 0, float64(n)}}
-	for i, p := range d.parts {
+	for i, p := range d.Parts {
 		each := func(now, then float64) float64 { return (now - then) / float64(n) }
 		memory, threads := each(after[i].memory, before[i].memory)/1024, after[i].threads-before[i].threads
 		o.values[0] += memory
 		o.values[1] += threads
-		o.parts = append(o.parts, note{p.name, "idle memory", memory}, note{p.name, "idle threads", threads})
-		if p.measured {
+		o.parts = append(o.parts, note{p.Name, "idle memory", memory}, note{p.Name, "idle threads", threads})
+		if p.Measured {
 			o.parts = append(o.parts,
-				note{p.name, "idle heap+stacks", each(after[i].heap+after[i].stacks, before[i].heap+before[i].stacks) / 1024},
-				note{p.name, "idle goroutines", each(after[i].goroutines, before[i].goroutines)})
+				note{p.Name, "idle heap+stacks", each(after[i].heap+after[i].stacks, before[i].heap+before[i].stacks) / 1024},
+				note{p.Name, "idle goroutines", each(after[i].goroutines, before[i].goroutines)})
 		}
 	}
 	return o, nil
@@ -147,15 +147,15 @@ type seen struct {
 
 // look looks at each of a system's processes. Those of portal have collected garbage before.
 func (d *deployment) look(ctx context.Context) (all []seen, err error) {
-	for _, p := range d.parts {
+	for _, p := range d.Parts {
 		var s seen
-		if p.measured {
-			if s.holdings, err = p.holdings(ctx); err != nil {
+		if p.Measured {
+			if s.holdings, err = holdingsOf(ctx, p); err != nil {
 				return nil, err
 			}
 		}
-		if s.memory, s.threads, err = memory(p.process.Pid()); err != nil {
-			return nil, fmt.Errorf("looking at %s: %w", p.name, err)
+		if s.memory, s.threads, err = memory(p.Process.Pid()); err != nil {
+			return nil, fmt.Errorf("looking at %s: %w", p.Name, err)
 		}
 		all = append(all, s)
 	}

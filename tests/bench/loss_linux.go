@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/tests/process"
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 // The lossy link. This program runs itself in a network namespace of its own, where the near ends
@@ -70,7 +71,7 @@ func inNamespaces(ctx context.Context, p *plan, s *setting, b *binaries, r *repo
 	for _, line := range child.Lines() {
 		fmt.Fprintln(os.Stderr, line)
 	}
-	if err := child.Stop(stopWithin); err != nil {
+	if err := child.Stop(tunnels.StopWithin); err != nil {
 		return err
 	}
 	theirs, err := readReport(file)
@@ -111,7 +112,7 @@ func lossyCommand(args []string) error {
 }
 
 // lossyHosts makes the far host and the link to it.
-func (r *rig) lossyHosts(ctx context.Context) (near, far *host, err error) {
+func (r *rig) lossyHosts(ctx context.Context) (near, far *tunnels.Host, err error) {
 	path, err := os.Executable()
 	if err != nil {
 		return nil, nil, err
@@ -122,8 +123,8 @@ func (r *rig) lossyHosts(ctx context.Context) (near, far *host, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	r.stops = append(r.stops, func() error { holder.Stop(stopWithin); return nil })
-	if _, err := line(ctx, holder, "^("+holding+")$"); err != nil {
+	r.stops = append(r.stops, func() error { holder.Stop(tunnels.StopWithin); return nil })
+	if _, err := tunnels.Line(ctx, holder, "^("+holding+")$"); err != nil {
 		return nil, nil, err
 	}
 	there := strconv.Itoa(holder.Pid())
@@ -152,7 +153,7 @@ func (r *rig) lossyHosts(ctx context.Context) (near, far *host, err error) {
 	if err != nil {
 		return nil, nil, &skipped{err.Error()}
 	}
-	return &host{ip: nearIP}, &host{ip: farIP, holds: holder.Pid(), ports: farPorts}, nil
+	return &tunnels.Host{IP: nearIP}, &tunnels.Host{IP: farIP, Holds: holder.Pid(), Ports: farPorts}, nil
 }
 
 // holding is what a process prints that holds a namespace.

@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 	"errors"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 var errNotLinux = errors.New("only Linux has network namespaces")
@@ -15,6 +17,8 @@ func inNamespaces(context.Context, *plan, *setting, *binaries, *report) error {
 
 func lossyCommand([]string) error { return errNotLinux }
 
-func (r *rig) lossyHosts(context.Context) (near, far *host, err error) { return nil, nil, errNotLinux }
+func (r *rig) lossyHosts(context.Context) (near, far *tunnels.Host, err error) {
+	return nil, nil, errNotLinux
+}
 
 func holdCommand([]string) error { return errNotLinux }

@@ -58,6 +58,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 func main() {
@@ -128,7 +130,7 @@ type plan struct {
 	rounds  int
 	d       time.Duration
 	streams int // of the idle load
-	systems []system
+	systems []tunnels.System
 	loads   []string
 
 	systemNames, loadNames string
@@ -160,7 +162,7 @@ func (p *plan) resolve() (err error) {
 func (p *plan) args(s *setting) []string {
 	var systems, names []string
 	for _, sys := range p.systems {
-		systems = append(systems, sys.key)
+		systems = append(systems, sys.Key)
 	}
 	for _, l := range s.loads {
 		if slices.Contains(p.loads, l.name) {
@@ -251,11 +253,11 @@ func together(ctx context.Context, p *plan, s *setting, b *binaries, r *report) 
 		switch m := r.of(sys); {
 		case err == nil:
 			running = append(running, d)
-		case sys.peer && ctx.Err() == nil:
+		case sys.Peer && ctx.Err() == nil:
 			m.absent(s, err)
-			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", sys.name, err)
+			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", sys.Name, err)
 		default:
-			return fmt.Errorf("starting %s: %w", sys.name, err)
+			return fmt.Errorf("starting %s: %w", sys.Name, err)
 		}
 	}
 	for round := range p.rounds {
@@ -266,7 +268,7 @@ func together(ctx context.Context, p *plan, s *setting, b *binaries, r *report) 
 			}
 			for i := range running {
 				d := running[(i+round)%len(running)]
-				if err := r.of(d.system).meet(ctx, l, d, p); err != nil {
+				if err := r.of(d.System).meet(ctx, l, d, p); err != nil {
 					return err
 				}
 			}
@@ -278,7 +280,7 @@ func together(ctx context.Context, p *plan, s *setting, b *binaries, r *report) 
 // alone measures a setting with one system running at a time: what it costs is its own.
 func alone(ctx context.Context, p *plan, s *setting, b *binaries, r *report) error {
 	for i, sys := range p.systems {
-		fmt.Fprintf(os.Stderr, "bench: %s, %s (%d of %d)\n", s.name, sys.name, i+1, len(p.systems))
+		fmt.Fprintf(os.Stderr, "bench: %s, %s (%d of %d)\n", s.name, sys.Name, i+1, len(p.systems))
 		err := func() (err error) {
 			rig, err := newRig(ctx, s, b)
 			if err != nil {
@@ -296,11 +298,11 @@ func alone(ctx context.Context, p *plan, s *setting, b *binaries, r *report) err
 			}
 			return nil
 		}()
-		if err != nil && sys.peer && ctx.Err() == nil {
+		if err != nil && sys.Peer && ctx.Err() == nil {
 			r.of(sys).absent(s, err)
-			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", sys.name, err)
+			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", sys.Name, err)
 		} else if err != nil {
-			return fmt.Errorf("%s: %w", sys.name, err)
+			return fmt.Errorf("%s: %w", sys.Name, err)
 		}
 	}
 	return nil
@@ -349,17 +351,17 @@ func profiles(ctx context.Context, p *plan, dir string) error {
 	}
 	defer b.remove()
 	for _, sys := range p.systems {
-		if sys.way == "" {
+		if sys.Way == "" {
 			continue // not portal
 		}
 		if err := profileOne(ctx, p, sys, b, dir); err != nil {
-			return fmt.Errorf("%s: %w", sys.name, err)
+			return fmt.Errorf("%s: %w", sys.Name, err)
 		}
 	}
 	return nil
 }
 
-func profileOne(ctx context.Context, p *plan, sys system, b *binaries, dir string) (err error) {
+func profileOne(ctx context.Context, p *plan, sys tunnels.System, b *binaries, dir string) (err error) {
 	rig, err := newRig(ctx, profileSetting, b)
 	if err != nil {
 		return err
@@ -370,15 +372,15 @@ func profileOne(ctx context.Context, p *plan, sys system, b *binaries, dir strin
 		return err
 	}
 	for _, l := range profileSetting.loads {
-		for _, part := range d.parts {
-			if err := part.profile(ctx, ""); err != nil {
+		for _, part := range d.Parts {
+			if err := takeProfile(ctx, part, ""); err != nil {
 				return err
 			}
 		}
 		_, failed := l.run(ctx, d, p)
-		for _, part := range d.parts {
-			file := filepath.Join(dir, strings.Join([]string{sys.key, l.name, strings.ReplaceAll(part.name, " ", "-")}, ".")+".pprof")
-			if err := part.profile(ctx, file); err != nil {
+		for _, part := range d.Parts {
+			file := filepath.Join(dir, strings.Join([]string{sys.Key, l.name, strings.ReplaceAll(part.Name, " ", "-")}, ".")+".pprof")
+			if err := takeProfile(ctx, part, file); err != nil {
 				return err
 			}
 			fmt.Println(file)

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 // measured is what a system gave.
@@ -84,7 +86,7 @@ func newReport(p *plan) *report {
 	}
 	for _, s := range p.systems {
 		r.Systems = append(r.Systems, &measured{
-			Key: s.key, Name: s.name, Is: s.is, Peer: s.peer, Failed: map[string]string{}, Rounds: map[string][]float64{},
+			Key: s.Key, Name: s.Name, Is: s.Is, Peer: s.Peer, Failed: map[string]string{}, Rounds: map[string][]float64{},
 			Processes: map[string]map[string][]float64{},
 		})
 	}
@@ -108,27 +110,27 @@ func (r *report) present(ctx context.Context, p *plan, b *binaries) *plan {
 	here.systems = nil
 	for _, s := range p.systems {
 		m := r.of(s)
-		if err := s.missing(); err != nil {
+		if err := s.Absent(); err != nil {
 			m.Missing = err.Error()
-			fmt.Fprintf(os.Stderr, "bench: %s is missing: %v\n", s.name, err)
+			fmt.Fprintf(os.Stderr, "bench: %s is missing: %v\n", s.Name, err)
 			continue
 		}
 		here.systems = append(here.systems, s)
 		switch {
-		case s.way != "":
-			m.Version = version(ctx, b.shipped.Path, "version")
+		case s.Way != "":
+			m.Version = tunnels.Version(ctx, b.shipped.Path, "version")
 			// A build from a working tree is called (devel).
 			if out, err := exec.CommandContext(ctx, "git", "describe", "--always", "--dirty").Output(); err == nil {
 				m.Version += ", commit " + strings.TrimSpace(string(out))
 			}
-		case s.version != nil:
-			m.Version = version(ctx, s.version[0], s.version[1:]...)
+		case s.Version != nil:
+			m.Version = tunnels.Version(ctx, s.Version[0], s.Version[1:]...)
 		}
 	}
 	return &here
 }
 
-func (r *report) of(s system) *measured { return r.named(s.name) }
+func (r *report) of(s tunnels.System) *measured { return r.named(s.Name) }
 
 // named gives a system's part of the report, nil when it has none.
 func (r *report) named(name string) *measured {

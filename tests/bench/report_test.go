@@ -9,13 +9,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 // aReport is of three rounds in which portal failed once and a peer always.
 func aReport() *report {
 	p := &plan{rounds: 3, d: time.Second, loads: []string{"rtt1", "up1", "down1", "idle"}}
 	for _, name := range []string{yardstick, direct, oneRelay, ghost, frp} {
-		p.systems = append(p.systems, system{name: name, peer: name == ghost || name == frp})
+		p.systems = append(p.systems, tunnels.System{Name: name, Peer: name == ghost || name == frp})
 	}
 	r := newReport(p)
 	set := func(name, figure string, rounds ...float64) { r.named(name).Rounds[figure] = rounds }
@@ -188,7 +190,7 @@ func TestNamesOfLoadsAndSettings(t *testing.T) {
 func TestAUsualRunIsBounded(t *testing.T) {
 	p := &plan{rounds: 3, d: 200 * time.Millisecond, loads: loadKeys(false)}
 	for _, s := range systems {
-		if !s.seldom {
+		if !s.Seldom {
 			p.systems = append(p.systems, s)
 		}
 	}

@@ -81,7 +81,7 @@ var settings = []*setting{
 		{name: "conns",
 			figures: []figure{{Name: "conns", Unit: "1/s", Topic: topicStreams, To: yardstick}},
 			run: func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
-				n, err := connections(ctx, d.addr, 8, p.d)
+				n, err := connections(ctx, d.Addr, 8, p.d)
 				return outcome{values: []float64{n}}, err
 			}},
 		{name: "sse",
@@ -91,7 +91,7 @@ var settings = []*setting{
 				{Name: "sse gap p99", Unit: "ms", Less: true, Topic: topicStreams},
 			},
 			run: func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
-				t, err := sse(ctx, d.addr, p.d)
+				t, err := sse(ctx, d.Addr, p.d)
 				return outcome{values: []float64{micros(t.first.p50), millis(t.gaps.p50), millis(t.gaps.p99)}}, err
 			}},
 	}},
@@ -124,8 +124,8 @@ var settings = []*setting{
 				{Name: "idle streams", Unit: "held", Topic: topicIdle},
 			},
 			run: func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
-				n := idleStreams(p.streams, max(2, d.system.descriptors))
-				if most := d.system.streams; most > 0 {
+				n := idleStreams(p.streams, max(2, d.System.Descriptors))
+				if most := d.System.Streams; most > 0 {
 					n = min(n, most)
 				}
 				return idle(ctx, d, n)
@@ -160,7 +160,7 @@ func roundTripLoad(name, topic, to string, streams int, least time.Duration) loa
 		{Name: name + " p99", Unit: "µs", Less: true, Topic: topic, To: to},
 	}}
 	l.run = func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
-		s, err := roundTrips(ctx, d.addr, streams, l.lasts(p.d))
+		s, err := roundTrips(ctx, d.Addr, streams, l.lasts(p.d))
 		return outcome{values: []float64{micros(s.p50), micros(s.p99)}}, err
 	}
 	return l
@@ -173,11 +173,11 @@ func besideLoad(name, topic string, least time.Duration) load {
 		{Name: name, Unit: "× alone", Less: true, Topic: topic},
 	}}
 	l.run = func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
-		without, err := roundTrips(ctx, d.addr, 1, l.lasts(p.d))
+		without, err := roundTrips(ctx, d.Addr, 1, l.lasts(p.d))
 		if err != nil {
 			return outcome{}, err
 		}
-		with, err := beside(ctx, d.addr, l.lasts(p.d))
+		with, err := beside(ctx, d.Addr, l.lasts(p.d))
 		return outcome{values: []float64{micros(with.p99), float64(with.p99) / float64(without.p99)}}, err
 	}
 	return l
@@ -191,7 +191,7 @@ func bulkLoad(name, topic, to string, way func(context.Context, string, int, tim
 	}
 	l.run = func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
 		before, unknown := d.cpu()
-		b, err := way(ctx, d.addr, streams, l.lasts(p.d))
+		b, err := way(ctx, d.Addr, streams, l.lasts(p.d))
 		o := outcome{values: []float64{b.rate()}}
 		if err != nil || !cpu {
 			return o, err
@@ -205,7 +205,7 @@ func bulkLoad(name, topic, to string, way func(context.Context, string, int, tim
 		for i := range after {
 			each := (after[i] - before[i]).Seconds() / (float64(b.bytes) / 1e9)
 			total += each
-			o.parts = append(o.parts, note{d.parts[i].name, cost, each})
+			o.parts = append(o.parts, note{d.Parts[i].Name, cost, each})
 		}
 		o.values = append(o.values, total)
 		return o, nil
@@ -215,10 +215,10 @@ func bulkLoad(name, topic, to string, way func(context.Context, string, int, tim
 
 // cpu is what each of a system's processes has spent.
 func (d *deployment) cpu() (all []time.Duration, err error) {
-	for _, p := range d.parts {
-		t, err := cpuTime(p.process.Pid())
+	for _, p := range d.Parts {
+		t, err := cpuTime(p.Process.Pid())
 		if err != nil {
-			return nil, fmt.Errorf("the CPU time of %s: %w", p.name, err)
+			return nil, fmt.Errorf("the CPU time of %s: %w", p.Name, err)
 		}
 		all = append(all, t)
 	}
@@ -229,7 +229,7 @@ func pgbenchLoad(name, script string, clients, each int, seldom bool) load {
 	return load{name: name, seldom: seldom, least: time.Second, // pgbench counts whole ones
 		figures: []figure{{Name: name, Unit: "1/s", Topic: topicPostgres, To: yardstick}},
 		run: func(ctx context.Context, d *deployment, p *plan) (outcome, error) {
-			n, err := transactions(ctx, d.addr, script, clients, each, p.d)
+			n, err := transactions(ctx, d.Addr, script, clients, each, p.d)
 			return outcome{values: []float64{n}}, err
 		}}
 }

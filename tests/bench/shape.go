@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
 // A link in user space. It ends TCP on either side, holds what it reads for its delay and lets it
@@ -204,7 +206,7 @@ func shapeCommand(args []string) error {
 	if err != nil || rate <= 0 {
 		return errors.Join(usage, err)
 	}
-	l, err := listen(loopback)
+	l, err := listen(tunnels.Loopback)
 	if err != nil {
 		return err
 	}

@@ -66,21 +66,23 @@ type span struct {
 	over       chan struct{}
 }
 
-func (f *flow) begun() {
+func (f *flow) begun(s *span) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.spans = append(f.spans, &span{begin: time.Now(), over: make(chan struct{})})
+	if !s.end.IsZero() {
+		return // what is left of one that was reset on the way comes to its service afterwards
+	}
+	s.begin = time.Now()
+	f.spans = append(f.spans, s)
 	f.spans = f.spans[max(len(f.spans)-4, 0):]
 }
 
-func (f *flow) ended(at time.Time) {
+func (f *flow) ended(s *span, at time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.whole++
-	if n := len(f.spans); n > 0 && f.spans[n-1].end.IsZero() {
-		f.spans[n-1].end = at
-		close(f.spans[n-1].over)
-	}
+	s.end = at
+	close(s.over)
 }
 
 // of is the transfer that was under way at a moment.
@@ -110,7 +112,8 @@ func (f *flow) run() error {
 }
 
 func (f *flow) one() error {
-	m := mark{1, f.begun}
+	this := &span{over: make(chan struct{})}
+	m := mark{1, func() { f.begun(this) }}
 	kind := byte('U')
 	here := mark{}
 	if f.down {
@@ -166,7 +169,7 @@ func (f *flow) one() error {
 			return fmt.Errorf("the service of transfer %d, down %v, was not told", x.number, f.down)
 		}
 	}
-	f.ended(o.at)
+	f.ended(this, o.at)
 	return nil
 }
 

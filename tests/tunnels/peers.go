@@ -1,4 +1,4 @@
-package main
+package tunnels
 
 import (
 	"context"
@@ -25,12 +25,12 @@ import (
 // far as they can, and what they protect by default. What is set beyond that lifts a limit which a
 // load would otherwise meet.
 
-func startSocat(ctx context.Context, d *deployment) (string, error) {
-	to := d.target
+func startSocat(ctx context.Context, d *Deployment) (string, error) {
+	to := d.Target
 	for _, end := range []struct {
 		name string
-		at   *host
-	}{{"exit", d.far}, {"entry", d.near}} {
+		at   *Host
+	}{{"exit", d.Far}, {"entry", d.Near}} {
 		addr, err := d.accepts(end.at)
 		if err != nil {
 			return "", err
@@ -41,10 +41,10 @@ func startSocat(ctx context.Context, d *deployment) (string, error) {
 		if err := d.listens(ctx, addr, end.at, end.name, "socat", from, "TCP4:"+to); err != nil {
 			return "", err
 		}
-		if end.at == d.near {
+		if end.at == d.Near {
 			return addr, nil
 		}
-		if to, err = d.link(ctx, addr); err != nil {
+		if to, err = d.Link(ctx, addr); err != nil {
 			return "", err
 		}
 	}
@@ -52,7 +52,7 @@ func startSocat(ctx context.Context, d *deployment) (string, error) {
 }
 
 // startSSH starts an sshd of its own, with keys made for the run, and one ssh -L over one connection.
-func startSSH(ctx context.Context, d *deployment) (string, error) {
+func startSSH(ctx context.Context, d *Deployment) (string, error) {
 	sshd, err := programPath("sshd")
 	if err != nil {
 		return "", err
@@ -64,12 +64,12 @@ func startSSH(ctx context.Context, d *deployment) (string, error) {
 	if os.Geteuid() == 0 {
 		// sshd's privilege separation directory: its service makes it, and we do not run that.
 		if err := os.Mkdir("/run/sshd", 0o755); err == nil {
-			d.stops = append(d.stops, func() error { return os.Remove("/run/sshd") })
+			d.cleanups = append(d.cleanups, func() error { return os.Remove("/run/sshd") })
 		} else if !errors.Is(err, os.ErrExist) {
 			return "", err
 		}
 	}
-	in := func(name string) string { return d.dir + "/" + name }
+	in := func(name string) string { return d.Dir + "/" + name }
 	for _, key := range []string{"host", "user"} {
 		if out, err := exec.CommandContext(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", in(key)).CombinedOutput(); err != nil {
 			return "", fmt.Errorf("ssh-keygen: %w: %s", err, out)
@@ -79,12 +79,12 @@ func startSSH(ctx context.Context, d *deployment) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	daemon, err := d.far.addr()
+	daemon, err := d.Far.Addr()
 	if err != nil {
 		return "", err
 	}
 	ip, port, _ := net.SplitHostPort(daemon)
-	config, err := d.file("sshd_config", fmt.Sprintf(`ListenAddress %s
+	config, err := d.File("sshd_config", fmt.Sprintf(`ListenAddress %s
 Port %s
 HostKey %s
 AuthorizedKeysFile %s
@@ -98,55 +98,55 @@ KbdInteractiveAuthentication no
 	if err != nil {
 		return "", err
 	}
-	server, err := d.run(d.far, "sshd", sshd, "-D", "-e", "-f", config)
+	server, err := d.Run(d.Far, "sshd", sshd, "-D", "-e", "-f", config)
 	if err != nil {
 		return "", err
 	}
-	if _, err := line(ctx, server, `^Server (listening) on `); err != nil {
+	if _, err := Line(ctx, server, `^Server (listening) on `); err != nil {
 		return "", err
 	}
-	if daemon, err = d.link(ctx, daemon); err != nil {
+	if daemon, err = d.Link(ctx, daemon); err != nil {
 		return "", err
 	}
 	ip, port, _ = net.SplitHostPort(daemon)
-	known, err := d.file("known_hosts", fmt.Sprintf("[%s]:%s %s", ip, port, hostKey))
+	known, err := d.File("known_hosts", fmt.Sprintf("[%s]:%s %s", ip, port, hostKey))
 	if err != nil {
 		return "", err
 	}
-	listen, err := d.accepts(d.near)
+	listen, err := d.accepts(d.Near)
 	if err != nil {
 		return "", err
 	}
 	// LocalCommand runs once the forwarding listens: the line to wait for.
-	client, err := d.run(d.near, "ssh", "ssh", "-F", "none", "-N", "-i", in("user"), "-p", port,
+	client, err := d.Run(d.Near, "ssh", "ssh", "-F", "none", "-N", "-i", in("user"), "-p", port,
 		"-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "ExitOnForwardFailure=yes",
 		"-o", "StrictHostKeyChecking=yes", "-o", "UserKnownHostsFile="+known,
 		"-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo forwarding >&2",
-		"-L", listen+":"+d.target, me.Username+"@"+ip)
+		"-L", listen+":"+d.Target, me.Username+"@"+ip)
 	if err != nil {
 		return "", err
 	}
-	_, err = line(ctx, client, `^(forwarding)$`)
+	_, err = Line(ctx, client, `^(forwarding)$`)
 	return listen, err
 }
 
-func startStunnel(ctx context.Context, d *deployment) (string, error) {
+func startStunnel(ctx context.Context, d *Deployment) (string, error) {
 	files, err := d.certificates()
 	if err != nil {
 		return "", err
 	}
-	to := d.target
+	to := d.Target
 	for _, end := range []struct {
 		name   string
-		at     *host
+		at     *Host
 		client string
-	}{{"server", d.far, "no"}, {"client", d.near, "yes"}} {
+	}{{"server", d.Far, "no"}, {"client", d.Near, "yes"}} {
 		addr, err := d.accepts(end.at)
 		if err != nil {
 			return "", err
 		}
 		// Warnings and worse on stderr; a line for each connection is not what is measured.
-		config, err := d.file(end.name+".conf", fmt.Sprintf(`foreground = yes
+		config, err := d.File(end.name+".conf", fmt.Sprintf(`foreground = yes
 syslog = no
 debug = warning
 pid =
@@ -165,28 +165,28 @@ verifyChain = yes
 		if err := d.listens(ctx, addr, end.at, end.name, "stunnel", config); err != nil {
 			return "", err
 		}
-		if end.at == d.near {
+		if end.at == d.Near {
 			return addr, nil
 		}
-		if to, err = d.link(ctx, addr); err != nil {
+		if to, err = d.Link(ctx, addr); err != nil {
 			return "", err
 		}
 	}
 	return "", errors.New("no client")
 }
 
-func startSpiped(ctx context.Context, d *deployment) (string, error) {
+func startSpiped(ctx context.Context, d *Deployment) (string, error) {
 	secret := make([]byte, 32)
 	rand.Read(secret)
-	key, err := d.file("key", string(secret))
+	key, err := d.File("key", string(secret))
 	if err != nil {
 		return "", err
 	}
-	to := d.target
+	to := d.Target
 	for _, end := range []struct {
 		name, does string
-		at         *host
-	}{{"decrypting", "-d", d.far}, {"encrypting", "-e", d.near}} {
+		at         *Host
+	}{{"decrypting", "-d", d.Far}, {"encrypting", "-e", d.Near}} {
 		addr, err := d.accepts(end.at)
 		if err != nil {
 			return "", err
@@ -196,10 +196,10 @@ func startSpiped(ctx context.Context, d *deployment) (string, error) {
 		if err := d.listens(ctx, addr, end.at, end.name, "spiped", "-F", end.does, "-s", bracketed(addr), "-t", bracketed(to), "-k", key, "-n", "0", "-o", "20", "-R"); err != nil {
 			return "", err
 		}
-		if end.at == d.near {
+		if end.at == d.Near {
 			return addr, nil
 		}
-		if to, err = d.link(ctx, addr); err != nil {
+		if to, err = d.Link(ctx, addr); err != nil {
 			return "", err
 		}
 	}
@@ -212,39 +212,39 @@ func bracketed(addr string) string {
 	return "[" + ip + "]:" + port
 }
 
-func startGhostunnel(ctx context.Context, d *deployment) (string, error) {
+func startGhostunnel(ctx context.Context, d *Deployment) (string, error) {
 	files, err := d.certificates()
 	if err != nil {
 		return "", err
 	}
-	server, err := d.far.addr()
+	server, err := d.Far.Addr()
 	if err != nil {
 		return "", err
 	}
 	with := func(end string) []string {
 		return []string{"--cert", files[end+".pem"], "--key", files[end+".key"], "--cacert", files["ca.pem"], "--quiet", "all", "--shutdown-timeout", "1s"}
 	}
-	if err := d.listens(ctx, server, d.far, "server", "ghostunnel", append([]string{"server", "--listen", server, "--target", d.target,
+	if err := d.listens(ctx, server, d.Far, "server", "ghostunnel", append([]string{"server", "--listen", server, "--target", d.Target,
 		"--unsafe-target", "--allow-cn", "client"}, with("server")...)...); err != nil {
 		return "", err
 	}
-	if server, err = d.link(ctx, server); err != nil {
+	if server, err = d.Link(ctx, server); err != nil {
 		return "", err
 	}
-	client, err := d.accepts(d.near)
+	client, err := d.accepts(d.Near)
 	if err != nil {
 		return "", err
 	}
-	return client, d.listens(ctx, client, d.near, "client", "ghostunnel", append([]string{"client", "--listen", client, "--target", server,
+	return client, d.listens(ctx, client, d.Near, "client", "ghostunnel", append([]string{"client", "--listen", client, "--target", server,
 		"--override-server-name", "server"}, with("client")...)...)
 }
 
-func startChisel(ctx context.Context, d *deployment) (string, error) {
-	server, err := d.far.addr()
+func startChisel(ctx context.Context, d *Deployment) (string, error) {
+	server, err := d.Far.Addr()
 	if err != nil {
 		return "", err
 	}
-	users, err := d.file("users.json", `{"bench:`+rand.Text()+`": [""]}`)
+	users, err := d.File("users.json", `{"bench:`+rand.Text()+`": [""]}`)
 	if err != nil {
 		return "", err
 	}
@@ -254,34 +254,34 @@ func startChisel(ctx context.Context, d *deployment) (string, error) {
 	}
 	auth := strings.Split(string(b), `"`)[1]
 	ip, port, _ := net.SplitHostPort(server)
-	s, err := d.run(d.far, "server", "chisel", "server", "--host", ip, "--port", port, "--authfile", users)
+	s, err := d.Run(d.Far, "server", "chisel", "server", "--host", ip, "--port", port, "--authfile", users)
 	if err != nil {
 		return "", err
 	}
-	fingerprint, err := line(ctx, s, `Fingerprint (\S+)$`)
+	fingerprint, err := Line(ctx, s, `Fingerprint (\S+)$`)
 	if err != nil {
 		return "", err
 	}
-	if _, err := line(ctx, s, `(Listening) on `); err != nil {
+	if _, err := Line(ctx, s, `(Listening) on `); err != nil {
 		return "", err
 	}
-	if server, err = d.link(ctx, server); err != nil {
+	if server, err = d.Link(ctx, server); err != nil {
 		return "", err
 	}
-	listen, err := d.accepts(d.near)
+	listen, err := d.accepts(d.Near)
 	if err != nil {
 		return "", err
 	}
-	c, err := d.run(d.near, "client", "chisel", "client", "--auth", auth, "--fingerprint", fingerprint, "http://"+server, listen+":"+d.target)
+	c, err := d.Run(d.Near, "client", "chisel", "client", "--auth", auth, "--fingerprint", fingerprint, "http://"+server, listen+":"+d.Target)
 	if err != nil {
 		return "", err
 	}
-	_, err = line(ctx, c, `(Connected) `)
+	_, err = Line(ctx, c, `(Connected) `)
 	return listen, err
 }
 
-func startFrp(ctx context.Context, d *deployment) (string, error) {
-	server, err := d.far.addr()
+func startFrp(ctx context.Context, d *Deployment) (string, error) {
+	server, err := d.Far.Addr()
 	if err != nil {
 		return "", err
 	}
@@ -290,22 +290,22 @@ func startFrp(ctx context.Context, d *deployment) (string, error) {
 	common := func(ip, port string) string {
 		return fmt.Sprintf("serverAddr = %q\nserverPort = %s\nauth.token = %q\nloginFailExit = false\n", ip, port, token)
 	}
-	start := func(at *host, name, program, config, pattern string) error {
-		file, err := d.file(strings.ReplaceAll(name, " ", "-")+".toml", config)
+	start := func(at *Host, name, program, config, pattern string) error {
+		file, err := d.File(strings.ReplaceAll(name, " ", "-")+".toml", config)
 		if err != nil {
 			return err
 		}
-		p, err := d.run(at, name, program, "-c", file)
+		p, err := d.Run(at, name, program, "-c", file)
 		if err == nil && pattern != "" {
-			_, err = line(ctx, p, pattern)
+			_, err = Line(ctx, p, pattern)
 		}
 		return err
 	}
-	if err := start(d.far, "frps", "frps", fmt.Sprintf("bindAddr = %q\nbindPort = %s\nauth.token = %q\n", ip, port, token), `frps (started) successfully`); err != nil {
+	if err := start(d.Far, "frps", "frps", fmt.Sprintf("bindAddr = %q\nbindPort = %s\nauth.token = %q\n", ip, port, token), `frps (started) successfully`); err != nil {
 		return "", err
 	}
-	targetIP, targetPort, _ := net.SplitHostPort(d.target)
-	if err := start(d.far, "frpc", "frpc", common(ip, port)+fmt.Sprintf(`[[proxies]]
+	targetIP, targetPort, _ := net.SplitHostPort(d.Target)
+	if err := start(d.Far, "frpc", "frpc", common(ip, port)+fmt.Sprintf(`[[proxies]]
 name = "bench"
 type = "stcp"
 secretKey = %q
@@ -315,16 +315,16 @@ transport.useEncryption = true
 `, secret, targetIP, targetPort), `(start) proxy success`); err != nil {
 		return "", err
 	}
-	if server, err = d.link(ctx, server); err != nil {
+	if server, err = d.Link(ctx, server); err != nil {
 		return "", err
 	}
 	ip, port, _ = net.SplitHostPort(server)
-	listen, err := d.accepts(d.near)
+	listen, err := d.accepts(d.Near)
 	if err != nil {
 		return "", err
 	}
 	bindIP, bindPort, _ := net.SplitHostPort(listen)
-	return listen, start(d.near, "visiting frpc", "frpc", common(ip, port)+fmt.Sprintf(`[[visitors]]
+	return listen, start(d.Near, "visiting frpc", "frpc", common(ip, port)+fmt.Sprintf(`[[visitors]]
 name = "visitor"
 type = "stcp"
 serverName = "bench"
@@ -337,7 +337,7 @@ transport.useEncryption = true
 
 // startRathole has its public side, the server, next to the clients: its client dials it from where
 // the target is.
-func startRathole(ctx context.Context, d *deployment) (string, error) {
+func startRathole(ctx context.Context, d *Deployment) (string, error) {
 	out, err := exec.CommandContext(ctx, "rathole", "--genkey").Output()
 	if err != nil {
 		return "", fmt.Errorf("rathole --genkey: %w", err)
@@ -346,44 +346,44 @@ func startRathole(ctx context.Context, d *deployment) (string, error) {
 	if len(keys) != 2 {
 		return "", fmt.Errorf("rathole --genkey printed %q", out)
 	}
-	control, err := d.near.addr()
+	control, err := d.Near.Addr()
 	if err != nil {
 		return "", err
 	}
-	listen, err := d.accepts(d.near)
+	listen, err := d.accepts(d.Near)
 	if err != nil {
 		return "", err
 	}
 	token := rand.Text()
 	const noise = "[%s.transport]\ntype = \"noise\"\n[%[1]s.transport.noise]\npattern = \"Noise_NK_25519_ChaChaPoly_BLAKE2s\"\n%s = %q\n"
-	server, err := d.file("server.toml", fmt.Sprintf("[server]\nbind_addr = %q\ndefault_token = %q\n", control, token)+
+	server, err := d.File("server.toml", fmt.Sprintf("[server]\nbind_addr = %q\ndefault_token = %q\n", control, token)+
 		fmt.Sprintf(noise, "server", "local_private_key", keys[0])+
 		fmt.Sprintf("[server.services.bench]\nbind_addr = %q\n", listen))
 	if err != nil {
 		return "", err
 	}
-	if err := d.listens(ctx, control, d.near, "server", "rathole", server); err != nil {
+	if err := d.listens(ctx, control, d.Near, "server", "rathole", server); err != nil {
 		return "", err
 	}
-	if control, err = d.link(ctx, control); err != nil {
+	if control, err = d.Link(ctx, control); err != nil {
 		return "", err
 	}
-	client, err := d.file("client.toml", fmt.Sprintf("[client]\nremote_addr = %q\ndefault_token = %q\n", control, token)+
+	client, err := d.File("client.toml", fmt.Sprintf("[client]\nremote_addr = %q\ndefault_token = %q\n", control, token)+
 		fmt.Sprintf(noise, "client", "remote_public_key", keys[1])+
-		fmt.Sprintf("[client.services.bench]\nlocal_addr = %q\n", d.target))
+		fmt.Sprintf("[client.services.bench]\nlocal_addr = %q\n", d.Target))
 	if err != nil {
 		return "", err
 	}
-	_, err = d.run(d.far, "client", "rathole", client)
+	_, err = d.Run(d.Far, "client", "rathole", client)
 	return listen, err
 }
 
 // certificates makes an authority and what it signs for a server and a client: a file each.
-func (d *deployment) certificates() (files map[string]string, err error) {
+func (d *Deployment) certificates() (files map[string]string, err error) {
 	files = map[string]string{}
 	write := func(name, kind string, der []byte) {
 		if err == nil {
-			files[name], err = d.file(name, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
+			files[name], err = d.File(name, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
 		}
 	}
 	var authority *x509.Certificate
