@@ -177,8 +177,8 @@ func (d *Deployment) Run(at *Host, name, program string, args ...string) (*proce
 	return p, nil
 }
 
-// listens is Run for a program that does not say when it listens on addr.
-func (d *Deployment) listens(ctx context.Context, addr string, at *Host, name, program string, args ...string) error {
+// Listens is Run for a program that does not say when it listens on addr.
+func (d *Deployment) Listens(ctx context.Context, addr string, at *Host, name, program string, args ...string) error {
 	p, err := d.Run(at, name, program, args...)
 	if err != nil {
 		return err

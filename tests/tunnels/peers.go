@@ -38,7 +38,7 @@ func startSocat(ctx context.Context, d *Deployment) (string, error) {
 		ip, port, _ := net.SplitHostPort(addr)
 		// Its backlog is 5, less than a load opens at once.
 		from := fmt.Sprintf("TCP4-LISTEN:%s,bind=%s,reuseaddr,backlog=1024,fork", port, ip)
-		if err := d.listens(ctx, addr, end.at, end.name, "socat", from, "TCP4:"+to); err != nil {
+		if err := d.Listens(ctx, addr, end.at, end.name, "socat", from, "TCP4:"+to); err != nil {
 			return "", err
 		}
 		if end.at == d.Near {
@@ -162,7 +162,7 @@ verifyChain = yes
 		if err != nil {
 			return "", err
 		}
-		if err := d.listens(ctx, addr, end.at, end.name, "stunnel", config); err != nil {
+		if err := d.Listens(ctx, addr, end.at, end.name, "stunnel", config); err != nil {
 			return "", err
 		}
 		if end.at == d.Near {
@@ -193,7 +193,7 @@ func startSpiped(ctx context.Context, d *Deployment) (string, error) {
 		}
 		// -n 0: no limit of connections, which is 100 else. -o: a handshake may take longer than 5 s
 		// where many begin at once. -R: the target is an address.
-		if err := d.listens(ctx, addr, end.at, end.name, "spiped", "-F", end.does, "-s", bracketed(addr), "-t", bracketed(to), "-k", key, "-n", "0", "-o", "20", "-R"); err != nil {
+		if err := d.Listens(ctx, addr, end.at, end.name, "spiped", "-F", end.does, "-s", bracketed(addr), "-t", bracketed(to), "-k", key, "-n", "0", "-o", "20", "-R"); err != nil {
 			return "", err
 		}
 		if end.at == d.Near {
@@ -224,7 +224,7 @@ func startGhostunnel(ctx context.Context, d *Deployment) (string, error) {
 	with := func(end string) []string {
 		return []string{"--cert", files[end+".pem"], "--key", files[end+".key"], "--cacert", files["ca.pem"], "--quiet", "all", "--shutdown-timeout", "1s"}
 	}
-	if err := d.listens(ctx, server, d.Far, "server", "ghostunnel", append([]string{"server", "--listen", server, "--target", d.Target,
+	if err := d.Listens(ctx, server, d.Far, "server", "ghostunnel", append([]string{"server", "--listen", server, "--target", d.Target,
 		"--unsafe-target", "--allow-cn", "client"}, with("server")...)...); err != nil {
 		return "", err
 	}
@@ -235,7 +235,7 @@ func startGhostunnel(ctx context.Context, d *Deployment) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return client, d.listens(ctx, client, d.Near, "client", "ghostunnel", append([]string{"client", "--listen", client, "--target", server,
+	return client, d.Listens(ctx, client, d.Near, "client", "ghostunnel", append([]string{"client", "--listen", client, "--target", server,
 		"--override-server-name", "server"}, with("client")...)...)
 }
 
@@ -362,7 +362,7 @@ func startRathole(ctx context.Context, d *Deployment) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := d.listens(ctx, control, d.Near, "server", "rathole", server); err != nil {
+	if err := d.Listens(ctx, control, d.Near, "server", "rathole", server); err != nil {
 		return "", err
 	}
 	if control, err = d.Link(ctx, control); err != nil {

@@ -23,6 +23,7 @@ type System struct {
 	// Descriptors of one of its processes for a stream; 0: 2
 	Descriptors int
 	Way         string // of portal, which is not found but built
+	Backwards   bool   // what Site.Between is between is dialled from the far host
 
 	Start func(ctx context.Context, d *Deployment) (addr string, err error) // where its connections are taken
 }
@@ -52,7 +53,7 @@ var Systems = []System{
 		Start: startFrp},
 	{Key: "rathole", Name: "rathole", Is: "Noise NK between its two ends", Peer: true,
 		Programs: []string{"rathole"}, Install: "cargo install rathole", Version: []string{"rathole", "--version"},
-		Start: startRathole},
+		Backwards: true, Start: startRathole},
 	portalSystem("portal", "portal, direct", "direct", false),
 	portalSystem("relay", "portal, one relay", "relay", false),
 	portalSystem("twohops", "portal, two relays", "twohops", false),
