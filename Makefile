@@ -25,6 +25,7 @@ test: needs check unit plain fuzz
 # The limit is a package's: figures in docs/figures.md say which of them take how long.
 long: needs check
 	PORTAL_LONG=1 $(GO) test -race -shuffle=on -count=1 -timeout 6h $(PACKAGES)
+	PORTAL_LONG=1 $(GO) test -count=1 -timeout 2h -run Model ./internal/stream ./relay
 	FUZZTIME=60s GO='$(GO)' .ci/fuzz $(PACKAGES)
 	@echo 'make long: passed'
 

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -107,9 +108,12 @@ func (p *party) resume() {
 // Every second run has a link with latency and a rate, where an event overtakes
 // others on the way; there only the last and the bytes are known.
 func TestModel(t *testing.T) {
-	runs := uint64(200)
+	runs := uint64(1000)
+	if os.Getenv("PORTAL_LONG") != "" {
+		runs = 100000
+	}
 	if raced {
-		runs = 60
+		runs /= 20
 	}
 	for seed := range runs {
 		link := memnet.Link{}

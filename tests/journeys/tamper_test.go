@@ -199,7 +199,7 @@ func (x *crossing) bench(name, carrier string, inlets int) *bench {
 	return b
 }
 
-// begin starts the flows, end ends them; it may be called from a test's goroutine alone.
+// begin starts the flows, end ends them.
 func (b *bench) begin() {
 	for _, f := range b.flows {
 		b.all.Go(func() {
@@ -350,6 +350,7 @@ func TestNothingThatARelayDoesToRecordsIsDelivered(t *testing.T) {
 			work := func(b *bench, cases []trial) {
 				b.begin()
 				running.Go(func() {
+					defer b.end() // else its transfers go on, whole, until the others have done their work
 					// A lane of its own first, whole, so that there is an older one.
 					if err := b.tamper(proxy.Fault{Kind: proxy.RST, Unit: proxy.Record, Direction: proxy.In, At: 64}, heard); err != nil {
 						t.Error(err)
@@ -375,7 +376,6 @@ func TestNothingThatARelayDoesToRecordsIsDelivered(t *testing.T) {
 			tampered, transfers := 0, 0
 			var took []time.Duration
 			for _, b := range all {
-				b.end()
 				tampered += b.cases
 				for _, f := range b.flows {
 					transfers += f.whole
