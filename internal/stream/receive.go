@@ -13,10 +13,13 @@ import (
 )
 
 const (
-	// A window is doubled when it is used up within two round trips. On a
+	// A window grows when it is used up within two round trips: fourfold up to
+	// fastWindow, which fills a long line in half the time, and twofold from there,
+	// which queues no more than another window's worth on a line that is full. On a
 	// machine's own loopback the round trip is shorter than the scheduler's
 	// turn, so it counts as at least leastRTT.
-	leastRTT = time.Millisecond
+	leastRTT   = time.Millisecond
+	fastWindow = 4 << 20
 	// pathFor is how long a measured round trip counts as the path's when later
 	// ones are longer: those contain the queue of a busy lane, and a window must
 	// not grow by what it has queued itself.
@@ -174,7 +177,11 @@ func (c *Conn) consumedLocked(n int) {
 		now := time.Now()
 		quick := now.Sub(c.markAt) <= 2*max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
 		if quick && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow() {
-			c.window = min(2*c.window, c.mux.limits.Window)
+			more := 2 * c.window
+			if c.window < fastWindow {
+				more = min(4*c.window, fastWindow)
+			}
+			c.window = min(more, c.mux.limits.Window)
 		}
 		c.mark, c.markAt = c.consumed, now
 	}
