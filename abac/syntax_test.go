@@ -8,6 +8,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/cedar-policy/cedar-go"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 func syntaxError(t testing.TB, err error) *SyntaxError {
@@ -326,6 +328,7 @@ func FuzzShort(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, expr string) {
+		defer alloc.Bound(t, len(expr))()
 		p, err := Short("open", "orders-db", expr)
 		checkRead(t, p, err, expr)
 		if err != nil {
@@ -348,6 +351,7 @@ func FuzzParse(f *testing.F) {
 		f.Add([]byte(`@id("a") @max_session("8h") permit(principal == Node::"P", action in [Action::"open"], resource is Name) when { ` + s + ` } unless { false };`))
 	}
 	f.Fuzz(func(t *testing.T, src []byte) {
+		defer alloc.Bound(t, len(src))()
 		p, err := Parse("p.cedar", src)
 		checkRead(t, p, err, string(src))
 	})
@@ -358,6 +362,7 @@ func FuzzDecide(f *testing.F) {
 	f.Add(`principal.n + 1 > 0 || principal.b`, "n", "x", int64(9223372036854775807), false)
 	f.Add(`decimal(principal.s).lessThan(decimal("1.0"))`, "s", "1.00000", int64(0), false)
 	f.Fuzz(func(t *testing.T, expr, name, s string, n int64, b bool) {
+		defer alloc.Bound(t, len(expr)+len(name)+len(s))()
 		p, err := Short("open", "orders-db", expr)
 		if err != nil {
 			return

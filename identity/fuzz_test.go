@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"testing"
 	"time"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 // Each target holds a decoder to two claims: it does not panic, and what it
@@ -17,6 +19,7 @@ func FuzzHistory(f *testing.F) {
 	f.Add([]byte{0x80})
 	f.Add([]byte{0x9b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		h, err := parseHistory(b)
 		if err != nil {
 			return
@@ -42,6 +45,7 @@ func FuzzAttestation(f *testing.F) {
 	f.Add(attest(s, key, noon, func(d *attestationData) { d.Role = "" }), key)
 	f.Add([]byte{0x82, 0x40, 0x40}, []byte{})
 	f.Fuzz(func(t *testing.T, b, static []byte) {
+		defer alloc.Bound(t, len(b)+len(static))()
 		if verifyAttestation(b, h, static, noon) == nil && !bytes.Equal(b, raw) {
 			t.Errorf("%x is an attestation that nobody made", b)
 		}
@@ -59,6 +63,7 @@ func FuzzCredential(f *testing.F) {
 	f.Add([]byte{0x84, 0x40, 0xa0, 0xf6, 0x40})
 	trust := NewTrust(authority.ID())
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		if got, err := parseCredential(b); err == nil {
 			if err := checkAttributes(got.Attributes); err != nil {
 				t.Errorf("read with attributes that break the rules: %v", err)
@@ -83,6 +88,7 @@ func FuzzTicket(f *testing.F) {
 	f.Add("portal1\xff")
 	f.Add("/run/secrets/ticket")
 	f.Fuzz(func(t *testing.T, s string) {
+		defer alloc.Bound(t, len(s))()
 		ticket, err := ParseTicket(s)
 		if err != nil {
 			return
@@ -99,6 +105,7 @@ func FuzzTicketBody(f *testing.F) {
 	f.Add(encode(&ticketBody{Authority: bytes.Repeat([]byte{1}, 32), Secret: bytes.Repeat([]byte{1}, 32), Expires: 1, Ways: []wireWay{{Addr: "a:1"}}}))
 	f.Add([]byte{0x84, 0x40, 0x40, 0x00, 0x80})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		ticket, err := parseTicketBody(b)
 		if err != nil {
 			return
@@ -115,6 +122,7 @@ func FuzzID(f *testing.F) {
 	f.Add(ID{}.String())
 	f.Add("P")
 	f.Fuzz(func(t *testing.T, s string) {
+		defer alloc.Bound(t, len(s))()
 		if id, err := ParseID(s); err == nil && id.String() != s {
 			t.Errorf("%q is written as %q", s, id)
 		}
@@ -139,6 +147,7 @@ func FuzzMembership(f *testing.F) {
 	f.Add(b[:len(b)-1])
 	f.Add([]byte{0x87})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		m, err := parseMembership(b)
 		if err != nil {
 			return
@@ -153,6 +162,7 @@ func FuzzKeyFile(f *testing.F) {
 	f.Add(encodeKey(newSelf(f).state.Load()))
 	f.Add([]byte("-----BEGIN PORTAL IDENTITY KEY-----\n-----END PORTAL IDENTITY KEY-----\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		if s, err := parseKey(b); err == nil && !bytes.Equal(encodeKey(s), b) {
 			t.Errorf("%q has another encoding", b)
 		}

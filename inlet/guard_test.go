@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 // guarded is what a guard says of a whole text: read at once, and byte by byte.
@@ -122,6 +124,7 @@ func FuzzGuardSeesWhatAServerSees(f *testing.F) {
 	f.Add([]byte("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhelloGET / HTTP/1.1\r\nHost: evil.example\r\n\r\n"))
 	f.Add([]byte("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\nOrigin: null\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, text []byte) {
+		defer alloc.Bound(t, len(text))()
 		g := newGuard(nil)
 		err := g.check(slices.Clone(text))
 		if len(g.line) > maxHead {

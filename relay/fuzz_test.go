@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 func FuzzOffer(f *testing.F) {
@@ -12,6 +13,7 @@ func FuzzOffer(f *testing.F) {
 	f.Add(offer{kind: offerCarrier, id: laneID{3}}.append(nil))
 	f.Add([]byte{1})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		o, err := readOffer(bytes.NewReader(b))
 		if err != nil {
 			return
@@ -27,6 +29,7 @@ func FuzzNames(f *testing.F) {
 	f.Add(appendNames(nil))
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		names, err := readNames(bytes.NewReader(b))
 		if err != nil {
 			return
@@ -47,6 +50,7 @@ func FuzzHeaderBodies(f *testing.F) {
 	f.Add(connectBody(identity.ID{1}))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		if r, err := parseRegister(b); err == nil && !bytes.Equal(r.bytes(), b) {
 			t.Errorf("the registration %x was read from %x", r.bytes(), b)
 		}

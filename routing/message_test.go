@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 var messages = []struct {
@@ -86,6 +88,7 @@ func FuzzDecodeMessage(f *testing.F) {
 		f.Add([]byte(tt.wire))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		m, err := DecodeMessage(b)
 		if err != nil {
 			if m != nil || !errors.Is(err, ErrMessage) && !errors.Is(err, ErrRoute) {

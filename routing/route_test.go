@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 func route(t testing.TB, a ...Address) Route {
@@ -180,6 +182,7 @@ func FuzzDecodeRoute(f *testing.F) {
 	f.Add([]byte("\x01\x00"))
 	f.Add(append([]byte{255}, bytes.Repeat([]byte("\x01x"), 1000)...))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		r, rest, err := DecodeRoute(b)
 		if err != nil {
 			if !errors.Is(err, ErrRoute) || r != (Route{}) || rest != nil {
@@ -215,6 +218,7 @@ func FuzzParseRoute(f *testing.F) {
 	f.Add("a=>b =>  c")
 	f.Add("0x41 => A")
 	f.Fuzz(func(t *testing.T, s string) {
+		defer alloc.Bound(t, len(s))()
 		r, err := ParseRoute(s)
 		if err != nil {
 			if !errors.Is(err, ErrRoute) {

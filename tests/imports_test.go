@@ -21,6 +21,7 @@ var ranks = map[string]int{
 	"identity":         0,
 	"abac":             0,
 	"routing":          0,
+	"internal/alloc":   0,
 	"internal/buffer":  0,
 	"internal/memnet":  0,
 	"internal/store":   0,

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 func mustEncode(t testing.TB, v any) []byte {
@@ -153,6 +154,7 @@ func FuzzQuestion(f *testing.F) {
 	f.Add(nameRenew, []byte{0xa1, 0x01, 0x18, 0x01})
 	f.Add("", []byte{0xbf, 0xff})
 	f.Fuzz(func(t *testing.T, name string, b []byte) {
+		defer alloc.Bound(t, len(name)+len(b))()
 		q, err := decodeQuestion(name, b)
 		if err != nil {
 			return
@@ -168,6 +170,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(mustEncode(f, &answer{Code: codeRemoved, Now: 1, When: 1}))
 	f.Add([]byte{0xa2, 0x01, 0x0c, 0x02, 0x01})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		a, err := decodeAnswer(b)
 		if err != nil {
 			return
@@ -186,6 +189,7 @@ func FuzzRecords(f *testing.F) {
 	f.Add(mustEncode(f, &ticketRecord{Grant: grant, Created: 1, Expires: 2, Uses: 3, Left: 2, Spent: 1, Revoked: 1}))
 	f.Add(mustEncode(f, &memberRecord{Grant: grant, Ticket: make([]byte, 32), Joined: 1, Granted: 1, Removed: 2, Issued: []issuedRecord{{make([]byte, 16), 9}}, Change: make([]byte, 32)}))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		if r, err := decodeTicketRecord(b); err == nil && !bytes.Equal(mustEncode(t, r), b) {
 			t.Errorf("ticket: %x is not what it decodes to", b)
 		}

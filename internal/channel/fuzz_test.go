@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 func FuzzParsePreface(f *testing.F) {
@@ -25,6 +26,7 @@ func FuzzParsePreface(f *testing.F) {
 	f.Add([]byte("prtl\x02"))
 	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		r := bytes.NewReader(b)
 		p, err := ReadPreface(r)
 		if len(b) < PrefaceSize {
@@ -56,6 +58,7 @@ func FuzzDecodeProof(f *testing.F) {
 	f.Add([]byte{0xff, 0xff, 0, 0})
 	f.Add(make([]byte, maxProof+1))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		history, attestation, err := decodeProof(b)
 		if err != nil {
 			if err != errHandshake || history != nil || attestation != nil {
@@ -76,6 +79,7 @@ func FuzzParseClose(f *testing.F) {
 	f.Add([]byte("\x02\x1b]0;title\a\xff\xfe\u202e\u2028"))
 	f.Add(make([]byte, 2+maxReason))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		c, err := parseClose(b)
 		if err != nil {
 			if len(b) >= 1 && len(b) <= 1+maxReason {
@@ -138,6 +142,7 @@ func FuzzFrames(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, plain []byte) {
+		defer alloc.Bound(t, len(plain))()
 		peer, err := identity.VerifyProof(self.History(), attestation, key.PublicKey().Bytes(), now)
 		if err != nil {
 			t.Fatal(err)
@@ -198,6 +203,7 @@ func FuzzLaneReader(f *testing.F) {
 	f.Add(slices.Concat(rec(17), rec(16)), []byte{1})
 	f.Add(append(rec(100), 0xff, 0xff, 1, 2, 3), []byte{0})
 	f.Fuzz(func(t *testing.T, lane, sizes []byte) {
+		defer alloc.Bound(t, len(lane)+len(sizes))()
 		want, wantErr := split(lane)
 		l := newLaneReader(&chunked{bytes: slices.Clone(lane), sizes: sizes, err: io.EOF})
 		defer l.release()
@@ -221,6 +227,7 @@ func FuzzOpenRecord(f *testing.F) {
 	f.Add(genuine)
 	f.Add(make([]byte, 19))
 	f.Fuzz(func(t *testing.T, rec []byte) {
+		defer alloc.Bound(t, len(rec))()
 		if len(rec) < 2 {
 			return
 		}

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 func echo(_ context.Context, method string, params json.RawMessage) (any, error) {
@@ -136,6 +138,7 @@ func FuzzReadRequest(f *testing.F) {
 	f.Add([]byte(`{"method":"ticket.create","params":{"name":"db1"}}`))
 	f.Add([]byte(`{"method":1}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		if q, err := readRequest(bytes.NewReader(b)); err == nil && q.Method == "" {
 			t.Fatal("a request without a method")
 		}

@@ -19,6 +19,8 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 var refusal = Refusal{Code: Refused, Message: "portal: orders-db refused: no policy permits it", Hint: `the attribute "role" is missing`}
@@ -453,6 +455,7 @@ func FuzzRefuse(f *testing.F) {
 	f.Add(packet(3<<16|9999, ""), []byte{})
 	want, _ := refusal.encode()
 	f.Fuzz(func(t *testing.T, read, rest []byte) {
+		defer alloc.Bound(t, len(read)+len(rest))()
 		s := &scripted{in: bytes.NewReader(rest)}
 		err := Refuse(s, read, refusal)
 		out, declined := s.out.Bytes(), 0

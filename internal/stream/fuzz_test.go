@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/routing"
@@ -87,6 +88,7 @@ func FuzzFrames(f *testing.F) {
 	f.Add(seq(one(frameRefused, 1, 0, 1, 'n', 'o'), one(frameAway, 0, 0)))
 	f.Add(seq(one(frameOpen, 2, 1, open...), []byte{frameData, 2, 0x40, 0, 6, 'x'}, one(frameData, 2, 7, 1), one(frameEnd, 2, 8, n8(0x4001)...)))
 	f.Fuzz(func(t *testing.T, in []byte) {
+		defer alloc.Bound(t, len(in))()
 		if len(in) > 4<<10 {
 			return
 		}
@@ -184,6 +186,7 @@ func FuzzParseOpen(f *testing.F) {
 		f.Add(b[headerSize:])
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		h, credit, err := parseOpen(b)
 		if err != nil {
 			if !errors.Is(err, errFrame) {
@@ -203,6 +206,7 @@ func FuzzParseCode(f *testing.F) {
 	f.Add([]byte("\x02too many connections"))
 	f.Add([]byte("\x03\x1b[31m\xff\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
 		code, reason, err := parseCode(b)
 		if err != nil {
 			return

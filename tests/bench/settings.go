@@ -109,8 +109,8 @@ var settings = []*setting{
 	}},
 	{key: "100ms", name: "100 ms there and back", delay: 50 * time.Millisecond, rate: gigabit, measure: together, loads: []load{
 		// A window that grows has done so after some round trips: what a long transfer gets is the claim.
-		seldom(bulkLoad("up1-100ms", topicLinks, bare, up, 1, 5*time.Second, false)),
-		bulkLoad("down1-100ms", topicLinks, bare, down, 1, 5*time.Second, false),
+		seldom(bulkLoad("up1-100ms", topicLinks, bare, up, 1, 4*time.Second, false)),
+		bulkLoad("down1-100ms", topicLinks, bare, down, 1, 4*time.Second, false),
 	}},
 	{key: "loss", name: "1 % loss", lossy: true, measure: inNamespaces, loads: []load{
 		seldom(bulkLoad("up1-loss", topicLinks, bare, up, 1, 500*time.Millisecond, false)),

@@ -1,0 +1,33 @@
+// Package alloc bounds what a decoder allocates, in tests: an input that lies about lengths must cost no
+// more than its own size can justify.
+package alloc
+
+import (
+	"runtime/metrics"
+	"testing"
+)
+
+const (
+	// Input is how large an input the bound is for.
+	Input = 64 << 10
+	// Limit is what may be allocated for it, by the whole process.
+	Limit = 1 << 20
+)
+
+// Bound returns what is to be deferred: it fails t when more than Limit was allocated meanwhile and the
+// input was smaller than Input.
+func Bound(t testing.TB, input int) func() {
+	before := allocated()
+	return func() {
+		if n := allocated() - before; input < Input && n > Limit {
+			t.Errorf("%d bytes were allocated for an input of %d", n, input)
+		}
+	}
+}
+
+// allocated is how many bytes have been allocated in all, also those that are free again.
+func allocated() uint64 {
+	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
+}
