@@ -265,6 +265,8 @@ func TestNothingIsReachedByAHeaderThatNoPolicyPermits(t *testing.T) {
 						x.quiet(who)
 						return
 					}
+					tried := 0
+					defer func() { t.Logf("%d headers", tried) }()
 					for _, kind := range kinds {
 						for i, body := range x.bodies() {
 							answers := make(map[string]string)
@@ -272,6 +274,7 @@ func TestNothingIsReachedByAHeaderThatNoPolicyPermits(t *testing.T) {
 								h := stream.Header{Kind: kind, Name: name, Body: body}
 								begin := time.Now()
 								got := a.open(h)
+								tried++
 								if x.mayAsk(target.kind, a.self, h) {
 									continue
 								}
@@ -393,6 +396,8 @@ func TestARawConnectionReachesOnlyItsHandshake(t *testing.T) {
 			}
 		}
 		bot := w.client(w.member(agent), nil)
+		tried := 0
+		defer func() { t.Logf("%d connections", tried) }()
 		for name, dial := range map[string]func() net.Conn{
 			"an outlet's": direct(outletAddr), "an authority's": direct(authorityAddr), "a relay's": direct(relayAddr),
 			"a lane to an outlet": func() net.Conn {
@@ -407,6 +412,7 @@ func TestARawConnectionReachesOnlyItsHandshake(t *testing.T) {
 			for _, kind := range []channel.Kind{0, channel.Relay, channel.Service, channel.Authority, 4, channel.KindLane, channel.Carrier, channel.Hop, 19, 255} {
 				for _, said := range x.sayings() {
 					c := dial()
+					tried++
 					preface := channel.Preface{Kind: kind, ID: [16]byte{1}}
 					if kind < channel.KindLane {
 						preface = channel.Preface{Kind: kind, Suite: channel.AESGCM}
