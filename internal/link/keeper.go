@@ -31,6 +31,7 @@ const (
 	steady = 10 * time.Second
 
 	dialTime    = 10 * time.Second // one path's connection
+	headStart   = time.Second      // of a path before the next; a host that is gone says nothing for all of dialTime
 	checkTime   = 10 * time.Second
 	refusedWait = 30 * time.Second // a refusal is tried again as seldom, or on a new credential
 
@@ -99,7 +100,7 @@ type Keeper struct {
 	wanted  chan struct{}   // somebody waits in Get
 	took    []time.Duration // measured connect time by path; the loop's
 	retired map[*Live]struct{}
-	old     sync.WaitGroup // the retired channels, whose streams finish
+	old     sync.WaitGroup // the retired channels, whose streams finish, and tries
 }
 
 // Run dials, and dials again, until ctx ends; then it closes what is left, which
@@ -371,7 +372,9 @@ func refusal(err error) bool {
 }
 
 // connect tries each path once: those not yet measured, then the fastest first,
-// at last those that failed.
+// at last those that failed. Each has a head start before the next, which begins
+// at once when it has failed; the first channel is the one, and the other tries are
+// called off.
 func (k *Keeper) connect(ctx context.Context) (*Live, error) {
 	if k.Fresh != nil {
 		if err := k.Fresh(ctx); err != nil {
@@ -391,52 +394,97 @@ func (k *Keeper) connect(ctx context.Context) (*Live, error) {
 		order[i] = i
 	}
 	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(k.took[a], k.took[b]) })
-	var first, last *pathError
-	for _, i := range order {
-		p := k.Paths[i]
-		begin := time.Now()
-		l, err := k.dial(ctx, p)
-		if err == nil {
-			k.took[i] = max(time.Since(begin), 1)
-			return l, nil
+	tries, cancel := context.WithCancel(ctx)
+	defer cancel()
+	answers := make(chan *attempt, len(order))
+	under := make(map[int]*attempt) // way, by its number in Paths
+	failed := make([]error, len(k.Paths))
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	for begun := 0; begun < len(order) || len(under) > 0; {
+		var next <-chan time.Time
+		if begun < len(order) {
+			next = wait.C
 		}
-		k.took[i] = math.MaxInt64 // behind every path that answered
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
+		select {
+		case <-next:
+			a := &attempt{path: order[begun], begin: time.Now()}
+			begun++
+			under[a.path] = a
+			k.old.Go(func() { k.dial(tries, a); answers <- a })
+			wait.Reset(headStart)
+		case a := <-answers:
+			delete(under, a.path)
+			if a.err != nil && ctx.Err() == nil {
+				k.took[a.path] = math.MaxInt64 // behind every path that answered
+				failed[a.path] = a.err
+				wait.Reset(0)
+				continue
+			}
+			if n := len(under); n > 0 {
+				k.old.Go(func() { k.callOff(answers, n) })
+			}
+			if a.err != nil {
+				return nil, ctx.Err()
+			}
+			k.took[a.path] = max(time.Since(a.begin), 1)
+			for i, late := range under { // it takes longer than this, at least
+				k.took[i] = max(k.took[i], time.Since(late.begin))
+			}
+			return k.start(a, k.Accept), nil
 		}
-		failed := &pathError{path: p.Name, err: err}
-		if first == nil {
-			first = failed
-		} else {
-			last.next = failed
-		}
-		last = failed
 	}
-	return nil, first
+	var chain *pathError
+	for _, i := range slices.Backward(order) {
+		chain = &pathError{path: k.Paths[i].Name, err: failed[i], next: chain}
+	}
+	return nil, chain
 }
 
-func (k *Keeper) dial(ctx context.Context, p Path) (*Live, error) {
+// callOff waits for n tries whose context has ended, and ends the channels of those that
+// came through all the same.
+func (k *Keeper) callOff(answers <-chan *attempt, n int) {
+	for range n {
+		if a := <-answers; a.err == nil {
+			l := k.start(a, nil)
+			l.Close(nil)
+			<-l.Done()
+		}
+	}
+}
+
+// An attempt is one path's, and what came of it.
+type attempt struct {
+	path    int // in Paths
+	begin   time.Time
+	config  channel.Config
+	leaving <-chan struct{}
+	end     *channel.End
+	took    time.Duration // the handshake
+	err     error
+}
+
+func (k *Keeper) dial(ctx context.Context, a *attempt) {
 	limited, cancel := context.WithTimeout(ctx, dialTime)
 	defer cancel()
-	lane, err := p.Dial(limited)
-	if err != nil {
-		return nil, err
+	var lane net.Conn
+	if lane, a.err = k.Paths[a.path].Dial(limited); a.err != nil {
+		return
 	}
-	var leaving <-chan struct{}
-	c := k.Config
+	a.config = k.Config
 	if l, ok := lane.(*channel.Lane); ok {
-		leaving = l.Leaving
-		if c.Pin.IsZero() {
-			c.Pin = l.Peer
+		a.leaving = l.Leaving
+		if a.config.Pin.IsZero() {
+			a.config.Pin = l.Peer
 		}
 	}
 	begin := time.Now()
-	e, err := channel.Initiate(limited, lane, &c)
-	if err != nil {
-		return nil, err
-	}
-	took := time.Since(begin)
-	return start(e, &c, true, p.Name, k.Limits, k.Accept, func(l *Live) { l.leaving, l.Took = leaving, took }), nil
+	a.end, a.err = channel.Initiate(limited, lane, &a.config)
+	a.took = time.Since(begin)
+}
+
+func (k *Keeper) start(a *attempt, accept func(*Live, *stream.Incoming)) *Live {
+	return start(a.end, &a.config, true, k.Paths[a.path].Name, k.Limits, accept, func(l *Live) { l.leaving, l.Took = a.leaving, a.took })
 }
 
 // Kick makes a waiting Keeper try at once.

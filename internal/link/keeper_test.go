@@ -340,6 +340,58 @@ func TestPathsAreTriedFastestMeasuredFirstAndFailingOnesLast(t *testing.T) {
 	})
 }
 
+func TestAPathThatSaysNothingDoesNotHoldTheOthersUp(t *testing.T) {
+	in(t, func(w *town) {
+		stopServer := w.serve(w.server(), "10.0.0.2:1")
+		var silent, late atomic.Int32
+		gone := link.Path{Name: "gone", Dial: func(ctx context.Context) (net.Conn, error) {
+			silent.Add(1)
+			defer silent.Add(-1)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+		// One that comes through although it was called off.
+		slow := link.Path{Name: "slow", Dial: func(ctx context.Context) (net.Conn, error) {
+			late.Add(1)
+			time.Sleep(5 * time.Second)
+			return w.net.Dial(context.Background(), "mem", "10.0.0.2:1")
+		}}
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{gone, slow, w.to("10.0.0.2:1")}}
+		stop := w.run(k.Run)
+		begin := time.Now()
+		l := w.get(k)
+		if took := time.Since(begin); took > 3*time.Second {
+			t.Errorf("the path that answers was taken after %v", took)
+		}
+		if l.Path != "direct 10.0.0.2:1" {
+			t.Errorf("it is %s", l.Path)
+		}
+		synctest.Wait()
+		if n := silent.Load(); n != 0 {
+			t.Errorf("%d dials go on that nobody waits for", n)
+		}
+		w.sleep(10 * time.Second)
+		if n := w.dialled(); n != 2 {
+			t.Fatalf("%d lanes, not those of the path and of the late one", n)
+		}
+		w.echoes(w.open(l)) // the late one took nothing from it
+		if w.lane(1).Close(); k.Live() != l || l.Err() != nil {
+			t.Error("the late one is in use")
+		}
+
+		// The path in use is known to be the fastest: it is the first again.
+		begin = time.Now()
+		w.lane(0).Cut()
+		k.Wait(context.Background(), l)
+		w.get(k)
+		if took := time.Since(begin); took > time.Second {
+			t.Errorf("the fastest path was taken again after %v", took)
+		}
+		stop()
+		stopServer()
+	})
+}
+
 func TestRunEndsInTheMiddleOfItsQuestion(t *testing.T) {
 	in(t, func(w *town) {
 		stopServer := w.serve(w.server(), "10.0.0.2:1")
