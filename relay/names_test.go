@@ -39,6 +39,7 @@ func TestAWildcardServesWhatIsBelowIt(t *testing.T) {
 				if _, err := p.registerAs(name, 0); err != nil {
 					t.Errorf("%s for %s: %v", c.serve, name, err)
 				}
+				synctest.Wait() // the answer goes out before the name is in its pool
 				if n := s.Registrations(name); n != 1 {
 					t.Errorf("%d serve %s", n, name)
 				}
