@@ -250,9 +250,12 @@ func (c *connection) open(ctx context.Context) error {
 			}
 		}
 		c.doors = append(c.doors, d)
-		if c.command == nil {
-			continue
-		}
+	}
+	c.room.doors(c.doors)
+	if c.command == nil {
+		return nil
+	}
+	for _, d := range c.doors {
 		if err := d.listen(ctx, c.speaks, c.env); err != nil {
 			return err
 		}

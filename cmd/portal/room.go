@@ -158,6 +158,14 @@ func (r room) inlet(s *inlet.Server, n int) {
 	s.MaxStreams, s.Budget = r.streams("inlet", n, r.left()), r.budget()
 }
 
+// doors puts the inlets of connect into the room, which they share.
+func (r room) doors(all []*door) {
+	n, budget := r.fit(inlet.DefaultStreams, r.left()/len(all), r.memory/4/streamCost/int64(len(all))), r.budget()
+	for _, d := range all {
+		d.server.MaxStreams, d.server.Budget = n, budget
+	}
+}
+
 // streams is n, or what there is room for, which is said.
 func (r room) streams(role string, n, descriptors int) int {
 	fit := r.fit(n, descriptors, r.memory/4/streamCost)

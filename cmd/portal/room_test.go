@@ -49,8 +49,16 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 			if descriptors < 256 || memory < 32<<20 {
 				continue // nothing can be had for that; it is tried all the same
 			}
+			all := []*door{{server: new(inlet.Server)}, {server: new(inlet.Server)}, {server: new(inlet.Server)}}
+			r.doors(all)
+			doors := 0
+			for _, d := range all {
+				if doors += d.server.MaxStreams; d.server.MaxStreams < 1 || d.server.Budget != all[0].server.Budget || d.server.Budget.Limit != l.Stream.Budget.Limit {
+					t.Errorf("%d descriptors, %d MiB: a name of connect has %d streams, and not the others' budget", descriptors, memory>>20, d.server.MaxStreams)
+				}
+			}
 			for role, n := range map[string]int{
-				"relay": lanes * laneDescriptors, "outlet": out, "command": command * commandDescriptors, "inlet": in.MaxStreams - l.HalfOpen - l.Channels,
+				"connect": doors - l.HalfOpen - l.Channels, "relay": lanes * laneDescriptors, "outlet": out, "command": command * commandDescriptors, "inlet": in.MaxStreams - l.HalfOpen - l.Channels,
 			} {
 				if all := n + l.HalfOpen + l.Channels + kept; all > descriptors {
 					t.Errorf("%s takes %d of %d descriptors", role, all, descriptors)
@@ -61,7 +69,7 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 			}
 			channels := int64(l.HalfOpen*halfOpenCost + l.Channels*channelCost)
 			held := 2 * l.Stream.Budget.Limit
-			for role, n := range map[string]int64{"relay": int64(lanes * laneCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels} {
+			for role, n := range map[string]int64{"relay": int64(lanes * laneCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
 				if all := channels + held + n; all > memory/4*3 {
 					t.Errorf("%s may be made to hold %d of %d MiB", role, all>>20, memory>>20)
 				}
