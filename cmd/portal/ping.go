@@ -119,11 +119,12 @@ type hop struct {
 	RTT       float64     `json:"rtt_ms"`       // from here, through the channel
 }
 
-// passed are the hops of the way that led to the outlet, each measured.
+// passed are the hops of the way that led to the outlet, each measured. Ways may
+// differ in their pins alone: it is one whose last relay is there.
 func (r *route) passed(ctx context.Context, m *member, p inlet.Probe) ([]hop, error) {
 	var all []hop
 	for _, h := range r.relays {
-		if viaText(h) != p.Path {
+		if viaText(h) != p.Path || m.relays.through(h).State().Kind != link.Ready {
 			continue
 		}
 		for i := range h {
