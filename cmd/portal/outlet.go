@@ -45,22 +45,16 @@ type outletPlan struct {
 	labels map[string]any
 }
 
-// reachable says by which relays, as a member of m's authority; m is nil when this
-// home is none's.
+// reachable says by which relays, as a member of m's authority.
 func (p *outletPlan) reachable(m *member) error {
-	if m != nil {
-		for i, w := range p.relays {
-			p.relays[i] = m.pinned(w)
-		}
-		p.relays = distinct(p.relays)
+	for i, w := range p.relays {
+		p.relays[i] = m.pinned(w)
 	}
+	p.relays = distinct(p.relays)
 	if len(p.ports)+len(p.relays) > 0 {
 		return nil
 	}
-	if m != nil {
-		p.relays = m.relayWays()
-	}
-	if len(p.relays) == 0 {
+	if p.relays = m.relayWays(); len(p.relays) == 0 {
 		return fail(codeUsage, "--relay ID@HOST:PORT; or --listen :4100, and `portal inlet "+p.name+" --direct HOST:4100` on the other side",
 			"outlet %s: nothing says where inlets reach it", p.name)
 	}
@@ -133,9 +127,6 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	}
 	m, err := s.member(o.member)
 	if err != nil {
-		if way := p.reachable(nil); way != nil {
-			return way
-		}
 		return err
 	}
 	defer m.close()

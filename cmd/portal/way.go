@@ -134,18 +134,15 @@ func (o wayOptions) plan(command, name string) (*route, error) {
 	return r, nil
 }
 
-// known says how the outlet is reached, as a member of m's authority; m is nil when
-// this home is none's.
+// known says how the outlet is reached, as a member of m's authority.
 func (r *route) known(m *member) error {
-	if m != nil {
-		if len(r.addrs)+len(r.relays) == 0 {
-			for _, w := range m.relayWays() {
-				r.relays = append(r.relays, hops{w})
-			}
+	if len(r.addrs)+len(r.relays) == 0 {
+		for _, w := range m.relayWays() {
+			r.relays = append(r.relays, hops{w})
 		}
-		for _, h := range r.relays {
-			h[0] = m.pinned(h[0])
-		}
+	}
+	for _, h := range r.relays {
+		h[0] = m.pinned(h[0])
 	}
 	switch {
 	case len(r.addrs)+len(r.relays) > 0:
@@ -162,9 +159,6 @@ func (r *route) known(m *member) error {
 func (s *session) memberFor(r *route, o memberOptions) (*member, error) {
 	m, err := s.member(o)
 	if err != nil {
-		if way := r.known(nil); way != nil {
-			return nil, way
-		}
 		return nil, err
 	}
 	if err := r.known(m); err != nil {
