@@ -256,6 +256,7 @@ func newApp(s *session) *cli.App {
 						from:      c.StringSlice("from-relay"),
 						authority: c.Bool("authority"),
 						ttl:       c.Duration("credential-ttl"),
+						ttlGiven:  c.IsSet("credential-ttl"),
 						grace:     c.Duration("grace"),
 					})
 				}),

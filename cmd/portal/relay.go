@@ -27,6 +27,7 @@ type relayOptions struct {
 	from      []string // CIDRs
 	authority bool     // hosts one
 	ttl       time.Duration
+	ttlGiven  bool
 	grace     time.Duration
 }
 
@@ -67,6 +68,9 @@ func (o relayOptions) plan() (*relayPlan, error) {
 		if !ok || identity.ValidName(name) != nil {
 			return nil, fail(codeUsage, "NAME=HOST:PORT", "--next %q: there is no name before the address", plain(text))
 		}
+		if _, again := p.hops[name]; again {
+			return nil, fail(codeUsage, "one address for each name", "--next: the name %s stands there twice", name)
+		}
 		hop, err := relayAddresses("next", []string{addr}, false)
 		if err != nil {
 			return nil, err
@@ -82,6 +86,12 @@ func (o relayOptions) plan() (*relayPlan, error) {
 	}
 	if p.policies, err = p.readPolicies(); err != nil {
 		return nil, err
+	}
+	if len(o.allowNext) > 0 && len(o.next) == 0 {
+		return nil, fail(codeUsage, "--next NAME=[ID@]HOST:PORT", "--allow-next: there is no --next that somebody could go on to")
+	}
+	if o.ttlGiven && !o.authority {
+		return nil, fail(codeUsage, "--authority, or give it to `portal authority`", "--credential-ttl: this relay issues no credentials")
 	}
 	if o.authority && len(p.trusts) > 0 {
 		return nil, fail(codeUsage, "leave out one of them", "relay: --authority hosts an authority, --trust names one elsewhere")
