@@ -38,7 +38,7 @@ func parseListen(text string) (listenAddress, error) {
 		a.path, err = socketPath(path)
 		return a, err
 	}
-	host, port, err := hostPort(text)
+	host, port, err := hostPort(text, "PORT, HOST:PORT or unix:/path")
 	if err != nil {
 		return a, err
 	}
@@ -54,14 +54,15 @@ func parseListen(text string) (listenAddress, error) {
 	return a, nil
 }
 
-// hostPort takes apart PORT and HOST:PORT; PORT alone is on localhost.
-func hostPort(text string) (host string, port uint16, err error) {
+// hostPort takes apart PORT and HOST:PORT; PORT alone is on localhost. form is the
+// remedy: what else may stand there.
+func hostPort(text, form string) (host string, port uint16, err error) {
 	for _, scheme := range []string{"tls://", "http://", "https://"} {
 		if strings.HasPrefix(text, scheme) {
 			return "", 0, fail(codeNotYet, "give HOST:PORT", "%q: %s is reserved and not available in this version", text, scheme)
 		}
 	}
-	const form = "PORT, HOST:PORT or unix:/path; an IPv6 address stands in brackets: [::1]:5432"
+	form += "; an IPv6 address stands in brackets: [::1]:5432"
 	host, digits := "localhost", text
 	if strings.Contains(text, ":") {
 		if host, digits, err = net.SplitHostPort(text); err != nil {
@@ -436,7 +437,7 @@ func (t targetAddress) String() string {
 
 // dialAddress is HOST:PORT, or PORT on 127.0.0.1; it can be dialled.
 func dialAddress(text string) (string, error) {
-	host, port, err := hostPort(text)
+	host, port, err := hostPort(text, "HOST:PORT, or PORT of this host")
 	if err != nil {
 		return "", err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"text/tabwriter"
 	"time"
@@ -88,9 +89,11 @@ func (s *session) printNames(holds map[string][]string) error {
 		s.say("no name is served now that this member may ask for")
 		return nil
 	}
-	w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
+	var text strings.Builder
+	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	for _, n := range served {
 		fmt.Fprintf(w, "%s\tvia %s\n", plain(n.Name), list(n.Relays))
 	}
-	return w.Flush()
+	w.Flush()
+	return s.print("%s", &text)
 }
