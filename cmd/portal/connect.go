@@ -353,7 +353,7 @@ func (c *connection) late(ctx context.Context, d *door) error {
 	state := d.server.State()
 	switch {
 	case state.Err == nil:
-		return fail(codeUnreachable, causes[codeUnreachable][1], "outlet %s: neither a channel nor a decision within %s", d.name, c.timeout)
+		return fail(codeUnreachable, remedyWithin(c.timeout, c.way), "outlet %s: neither a channel nor a decision within %s", d.name, c.timeout)
 	case state.Peer == nil:
 		return fail(codeUnreachable, remedyFor(state.Err), "outlet %s: no channel within %s: %w", d.name, c.timeout, state.Err)
 	case classify(state.Err).code.exit() == exitRefused: // its answer: a credential is over

@@ -259,11 +259,20 @@ func late(ctx context.Context) bool { return errors.Is(ctx.Err(), context.Deadli
 func (o pingOptions) unreached(last inlet.State) error {
 	switch {
 	case last.Err == nil:
-		return fail(codeUnreachable, causes[codeUnreachable][1], "neither a channel nor a decision within %s", o.timeout)
+		return fail(codeUnreachable, remedyWithin(o.timeout, o.way), "neither a channel nor a decision within %s", o.timeout)
 	case last.Peer == nil:
 		return fail(codeUnreachable, remedyFor(last.Err), "no channel within %s: %w", o.timeout, last.Err)
 	}
 	return o.undecided()
+}
+
+// remedyWithin is what to do about an outlet of which nothing was heard in a time. A relay
+// waits for two seconds for a name that nobody serves, before it says so.
+func remedyWithin(timeout time.Duration, way wayOptions) string {
+	if timeout < 5*time.Second && len(way.direct) == 0 {
+		return "give it more time: --timeout 5s says whether a relay knows an outlet of the name"
+	}
+	return causes[codeUnreachable][1]
 }
 
 // remedyFor is what to do about an outlet that was not reached.
