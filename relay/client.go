@@ -155,7 +155,7 @@ func (c *Client) OnReady(f func()) (stop func()) {
 	}
 }
 
-var errNoRelay = errors.New("it proves neither to be the relay that was asked for nor, by its credential, that it may be one")
+var errNoRelay = errors.New("it shows no credential of a relay, and its identifier was not demanded: ID@ADDRESS demands it, and a ticket made with --as-relay gives the credential")
 
 // judge is asked before our own credential is shown: an address alone makes nobody
 // a relay.

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 // A listenAddress says where to listen:
@@ -70,6 +71,9 @@ func hostPort(text, form string) (host string, port uint16, err error) {
 		}
 	}
 	n, err := strconv.ParseUint(digits, 10, 16)
+	if err != nil && host == "localhost" && digits == text && text != "" && !unicode.IsDigit(rune(text[0])) {
+		return "", 0, fail(codeAddress, form, "%q is no address: it has no port", text)
+	}
 	if err != nil {
 		return "", 0, fail(codeAddress, form, "%q is no address: %q is no port from 0 to 65535", text, digits)
 	}

@@ -56,7 +56,7 @@ func takesCommand(c *cli.Command) bool { return strings.Contains(c.ArgsUsage, "-
 func membershipFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "ticket", Usage: "redeem the ticket in `FILE` while this home is no member [$PORTAL_TICKET, $PORTAL_TICKET_FILE]"},
-		&cli.BoolFlag{Name: "ephemeral", Usage: "keep the key in memory only; needs a ticket at each start, and `portal status` does not see it"},
+		&cli.BoolFlag{Name: "ephemeral", Usage: "keep the key in memory only; needs a ticket at each start, and 'portal status' does not see it"},
 	}
 }
 
@@ -124,7 +124,7 @@ func newApp(s *session) *cli.App {
 				Flags: []cli.Flag{
 					&cli.StringSliceFlag{Name: "listen", Usage: "answer on `ADDR`: PORT (loopback), :PORT (every interface), HOST:PORT"},
 					&cli.StringSliceFlag{Name: "advertise", Usage: "`HOST:PORT` that tickets name, where it differs from --listen"},
-					&cli.DurationFlag{Name: "credential-ttl", Value: time.Hour, Usage: "how long a credential lives; renewed at half of it"},
+					&cli.DurationFlag{Name: "credential-ttl", Value: time.Hour, Usage: "`TIME` that a credential lives; renewed at half of it"},
 					graceFlag(),
 					&cli.StringSliceFlag{Name: "relay", Usage: "be found at the relay `ID@HOST:PORT`, which trusts this authority; repeated: at all of them"},
 				},
@@ -240,7 +240,7 @@ func newApp(s *session) *cli.App {
 					&cli.StringSliceFlag{Name: "allow-next", Usage: "who may go on; nobody unless said: `P`"},
 					&cli.StringSliceFlag{Name: "from-relay", Usage: "`CIDR` of other relays: their connections count as many sources"},
 					&cli.BoolFlag{Name: "authority", Usage: "host the authority in this process: whoever controls this host can then issue credentials"},
-					&cli.DurationFlag{Name: "credential-ttl", Value: time.Hour, Usage: "with --authority: how long a credential lives; renewed at half of it"},
+					&cli.DurationFlag{Name: "credential-ttl", Value: time.Hour, Usage: "with --authority: `TIME` that a credential lives; renewed at half of it"},
 					graceFlag(),
 				}, membershipFlags()),
 				Action: s.long(0, 0, func(ctx context.Context, c *cli.Context) error {
@@ -270,8 +270,8 @@ func newApp(s *session) *cli.App {
 					&cli.StringSliceFlag{Name: "allow", Usage: "who may open it: `P` is a Cedar expression or @FILE; repeated: any of them"},
 					&cli.StringSliceFlag{Name: "listen", Usage: "take channels on `ADDR`: PORT (loopback), :PORT (every interface), HOST:PORT"},
 					&cli.StringSliceFlag{Name: "label", Usage: "`k=v` or k:=JSON, the policy's resource.k"},
-					&cli.IntFlag{Name: "max-streams", Value: outlet.DefaultStreams, Usage: "streams to the target at once; below PostgreSQL's default of 100"},
-					&cli.IntFlag{Name: "max-dials", Value: outlet.DefaultDials, Usage: "dials of the target at once"},
+					&cli.IntFlag{Name: "max-streams", Value: outlet.DefaultStreams, Usage: "`N` streams to the target at once; below PostgreSQL's default of 100"},
+					&cli.IntFlag{Name: "max-dials", Value: outlet.DefaultDials, Usage: "`N` dials of the target at once"},
 					&cli.DurationFlag{Name: "dial-timeout", Value: 10 * time.Second, Usage: "the target must accept within `TIME`"},
 					graceFlag(),
 					&cli.StringSliceFlag{Name: "relay", Usage: "be found at the relay `[ID@]HOST:PORT`, in place of the membership's; repeated: at all of them"},
@@ -309,7 +309,7 @@ func newApp(s *session) *cli.App {
 					&cli.StringFlag{Name: "mode", Value: "0600", Usage: "who may open a Unix socket, as octal `MODE`"},
 					&cli.StringFlag{Name: "group", Usage: "the Unix socket's `GROUP`"},
 					&cli.DurationFlag{Name: "hold", Value: 5 * time.Second, Usage: "hold a connection that comes too early for `TIME`, then reset it"},
-					&cli.IntFlag{Name: "max-streams", Value: inlet.DefaultStreams, Usage: "connections at once"},
+					&cli.IntFlag{Name: "max-streams", Value: inlet.DefaultStreams, Usage: "`N` connections at once"},
 					graceFlag(),
 				}, membershipFlags()),
 				Action: s.long(1, 1, func(ctx context.Context, c *cli.Context) error {
@@ -407,7 +407,12 @@ func newApp(s *session) *cli.App {
 func finish(c *cli.Command) {
 	c.HideHelpCommand = true
 	c.OnUsageError = func(c *cli.Context, err error, _ bool) error {
-		return fail(codeUsage, "see `"+c.Command.HelpName+" --help`", "%s: %s", strings.TrimPrefix(c.Command.HelpName, "portal "), plain(err.Error()))
+		remedy := "see `" + c.Command.HelpName + " --help`"
+		text := strings.Replace(err.Error(), " for flag -", " for --", 1)
+		if value, ok := strings.CutSuffix(text, ": parse error"); ok {
+			text = value + ": it is no number, or no time with its unit, such as 5s"
+		}
+		return fail(codeUsage, remedy, "%s: %s", strings.TrimPrefix(c.Command.HelpName, "portal "), plain(text))
 	}
 	for _, sub := range c.Subcommands {
 		finish(sub)

@@ -80,6 +80,11 @@ func arguments(c *cli.Context, s *session, least, most int) error {
 	switch n := c.NArg(); {
 	case n < least:
 		return fail(codeUsage, usage, "%s: an argument is missing", name)
+	case n > most && strings.ContainsAny(c.Args().Get(most), "=<>&|!"):
+		return fail(codeUsage, "an expression stands in quotes, so that the shell leaves it whole: --allow 'principal.role == \"agent\"'",
+			"%s: unexpected argument %q", name, plain(c.Args().Get(most)))
+	case n > most && takesCommand(c.Command):
+		return fail(codeUsage, usage+"; a command and its arguments stand behind --", "%s: unexpected argument %q", name, plain(c.Args().Get(most)))
 	case n > most:
 		return fail(codeUsage, usage, "%s: unexpected argument %q", name, plain(c.Args().Get(most)))
 	case s.after != nil && !takesCommand(c.Command):

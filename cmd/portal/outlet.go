@@ -213,8 +213,9 @@ func (p *outletPlan) report(ctx context.Context, m *member, server *outlet.Serve
 		if c.MayServe(p.name) {
 			return nil
 		}
-		return fail(codeRefused, "", "the credential of %s may not serve %s; a ticket made with --serve %s can change that",
-			memberName(c.Name()), p.name, p.name)
+		// A ticket replaces what was granted: all names that are to be served stand in it.
+		return fail(codeRefused, "", "the credential of %s may not serve %s; a ticket made with %s can change that",
+			memberName(c.Name()), p.name, "--serve "+strings.Join(append(slices.Clone(c.Serve()), p.name), " --serve "))
 	}, at.credential)
 }
 

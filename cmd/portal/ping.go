@@ -277,7 +277,11 @@ func remedyWithin(timeout time.Duration, way wayOptions) string {
 
 // remedyFor is what to do about an outlet that was not reached.
 func remedyFor(err error) string {
-	if refused, ok := errors.AsType[*stream.RefusedError](err); ok && refused.Code == stream.CodeAbsent {
+	refused, ok := errors.AsType[*stream.RefusedError](err)
+	switch {
+	case ok && refused.Code == stream.CodeAbsent && strings.Contains(refused.Reason, "next one"):
+		return "see the --next of the relay before: the names of --via stand there"
+	case ok && refused.Code == stream.CodeAbsent:
 		return "start its outlet, or see by `portal names` which names are served"
 	}
 	return causes[codeUnreachable][1]

@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -79,8 +81,11 @@ func (o relayOptions) plan() (*relayPlan, error) {
 	}
 	for _, text := range o.from {
 		prefix, err := netip.ParsePrefix(text)
+		if ip, alone := netip.ParseAddr(text); err != nil && alone == nil {
+			prefix, err = ip.Prefix(ip.BitLen())
+		}
 		if err != nil {
-			return nil, fail(codeUsage, "192.0.2.7/32", "--from-relay %q is no prefix", plain(text))
+			return nil, fail(codeUsage, "192.0.2.7, or 192.0.2.0/24", "--from-relay %q is no address or prefix", plain(text))
 		}
 		p.prefixes = append(p.prefixes, prefix)
 	}
@@ -172,6 +177,9 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 	}
 	if len(p.prefixes) > 0 {
 		server.Many = p.relayIs
+	}
+	if len(p.hops) > 0 && len(p.allowNext) == 0 {
+		s.say("nobody may go on to %s: --allow-next says who may", list(slices.Sorted(maps.Keys(p.hops))))
 	}
 	hosted := newInbox()
 	guessed := false

@@ -138,7 +138,7 @@ func (r room) relay() relay.Limits {
 	l := r.link()
 	lanes := r.fit(relay.DefaultLanes, r.left(l.HalfOpen, l.Channels)/laneDescriptors, r.memory/4/laneCost)
 	if lanes < relay.DefaultLanes {
-		r.log.Info("fewer lanes than a relay takes elsewhere", "lanes", lanes, "descriptors", r.descriptors, "memory", r.memoryText())
+		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n raises it", "lanes", lanes, "descriptors", r.descriptors, "memory", r.memoryText())
 	}
 	return relay.Limits{Lanes: lanes, Link: l}
 }

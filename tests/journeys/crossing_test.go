@@ -395,7 +395,7 @@ func (x *crossing) track(name, carrier string) *track {
 func (k *track) openOutlet() {
 	k.t.Helper()
 	k.out = k.start("db1", "outlet", k.name, "--to", k.crossing.station.addr(), "--carrier", k.carrier,
-		"--relay", k.pin+"@"+k.legs[outletLeg].Addr(), "--allow", `principal.role == "agent"`)
+		"--relay", k.pin+"@"+k.legs[outletLeg].Addr(), "--allow", `principal.role == "agent"`, "--max-streams", "200")
 	k.line(k.out, `outlet \S+ ready via`)
 }
 
