@@ -136,6 +136,7 @@ var settings = []*setting{
 // profileSetting is where profiles are taken.
 var profileSetting = &setting{key: "profile", name: "profile", measured: true, loads: []load{
 	bulkLoad("bulk", topicBulk, yardstick, down, 1, 0, false),
+	bulkLoad("bulk8", topicBulk, yardstick, down, 8, 0, false),
 	roundTripLoad("rtt", topicRoundTrips, yardstick, 1, 0),
 }}
 
