@@ -22,9 +22,10 @@ build:
 test: needs check unit plain fuzz
 	@echo 'make test: passed'
 
-# The limit is a package's: figures in docs/figures.md say which of them take how long.
+# The limit is a package's: figures in docs/figures.md say which of them take how long. Most of them
+# measure what the whole machine does: one package at a time, two tests.
 long: needs check
-	PORTAL_LONG=1 $(GO) test -race -shuffle=on -count=1 -timeout 6h $(PACKAGES)
+	PORTAL_LONG=1 $(GO) test -race -shuffle=on -count=1 -p 1 -parallel 2 -timeout 6h $(PACKAGES)
 	PORTAL_LONG=1 $(GO) test -count=1 -timeout 2h -run Model ./internal/stream ./relay
 	FUZZTIME=60s GO='$(GO)' .ci/fuzz $(PACKAGES)
 	@echo 'make long: passed'

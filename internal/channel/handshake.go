@@ -61,12 +61,8 @@ func newHandshake(self *identity.Self, initiator bool, p Preface, lane [32]byte,
 	if err != nil {
 		return nil, err
 	}
-	suite := noise.NewCipherSuite(noise.DH25519, noise.CipherAESGCM, noise.HashSHA256)
-	if p.Suite == ChaChaPoly {
-		suite = noise.NewCipherSuite(noise.DH25519, noise.CipherChaChaPoly, noise.HashBLAKE2s)
-	}
 	state, err := noise.NewHandshakeState(noise.Config{
-		CipherSuite:           suite,
+		CipherSuite:           cipherSuite(p.Suite, newX25519(static)),
 		Random:                random,
 		Pattern:               noise.HandshakeXX,
 		Initiator:             initiator,
@@ -78,6 +74,13 @@ func newHandshake(self *identity.Self, initiator bool, p Preface, lane [32]byte,
 		return nil, err
 	}
 	return &handshake{state: state, suite: p.Suite, now: now, proof: proof}, nil
+}
+
+func cipherSuite(s Suite, dh noise.DHFunc) noise.CipherSuite {
+	if s == ChaChaPoly {
+		return noise.NewCipherSuite(dh, noise.CipherChaChaPoly, noise.HashBLAKE2s)
+	}
+	return noise.NewCipherSuite(dh, noise.CipherAESGCM, noise.HashSHA256)
 }
 
 func prologue(p Preface, lane [32]byte) []byte {

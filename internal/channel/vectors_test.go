@@ -3,6 +3,7 @@ package channel
 import (
 	"bufio"
 	"bytes"
+	"crypto/ecdh"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -224,17 +225,13 @@ func (v *vector) replay(t *testing.T, suite Suite, psk bool) {
 
 func (v *vector) state(t *testing.T, e vectorEnd, suite Suite, psk, initiator bool) *noise.HandshakeState {
 	t.Helper()
-	s := noise.NewCipherSuite(noise.DH25519, noise.CipherAESGCM, noise.HashSHA256)
-	if suite == ChaChaPoly {
-		s = noise.NewCipherSuite(noise.DH25519, noise.CipherChaChaPoly, noise.HashBLAKE2s)
-	}
-	static, err := noise.DH25519.GenerateKeypair(bytes.NewReader(e.static))
+	static, err := ecdh.X25519().NewPrivateKey(e.static)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := noise.Config{
-		CipherSuite: s, Random: bytes.NewReader(e.ephemeral), Pattern: noise.HandshakeXX,
-		Initiator: initiator, Prologue: e.prologue, StaticKeypair: static,
+		CipherSuite: cipherSuite(suite, newX25519(static)), Random: bytes.NewReader(e.ephemeral), Pattern: noise.HandshakeXX,
+		Initiator: initiator, Prologue: e.prologue, StaticKeypair: keypair(static),
 	}
 	if psk {
 		c.PresharedKeyPlacement = 3
