@@ -158,7 +158,7 @@ func (rs inOrder) All() iter.Seq2[cedar.PolicyID, *cedar.Policy] {
 // Annotations: @id("…") names a policy in decisions, @max_session("8h") on a
 // permit (a Go duration, at least one second) limits what it permits.
 func Parse(name string, src []byte) (*Policy, error) {
-	t, err := scan(name, string(src), maxSource)
+	t, err := scan(name, string(src), maxSource, maxSourceTokens)
 	if err != nil {
 		return nil, err
 	}
@@ -210,7 +210,7 @@ func short(action, expr string, scope func(*ast.Policy) *ast.Policy) (*Policy, e
 	if !slices.Contains(actions, action) {
 		return nil, fmt.Errorf("making a policy: unknown action %q", action)
 	}
-	t, err := scan("", expr, maxShort)
+	t, err := scan("", expr, maxShort, maxShortTokens)
 	if err != nil {
 		return nil, err
 	}

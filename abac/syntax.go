@@ -17,14 +17,18 @@ import (
 const (
 	maxSource = 64 << 10 // bytes of a file: some hundred policies
 	maxShort  = 8 << 10  // bytes of an expression: what fits on a command line
-	maxDepth  = 32       // open brackets and ifs; people write 3 or 4
+	// A token costs some 600 bytes while it is parsed, however short it is. People's have four bytes
+	// each, blanks included: 64 KiB of policies hold some 16,000. An expression has a few dozen, or
+	// a set of some hundred: less than 1 MiB.
+	maxSourceTokens = 20_000
+	maxShortTokens  = 1_250
+	maxDepth        = 32 // open brackets and ifs; people write 3 or 4
 	// Chains such as a && b && c are parsed by a loop but into a tree as deep as
 	// the chain is long. 1,024 a policy keeps its depth a small part of a stack.
 	maxOperators = 1024
-	// `x has a.b` is parsed into a tree that holds x twice, so nesting it doubles
-	// the tree each time. The tokens of a policy after such copies.
-	maxExpanded = 1 << 16
-	maxID       = 128 // bytes of an @id: it is told to peers
+	// The parser copies A::B::C once for each part. Types here have one.
+	maxParts = 8
+	maxID    = 128 // bytes of an @id: it is told to peers
 )
 
 // SyntaxError says where a policy is wrong, in the user's own text, and what
@@ -112,8 +116,11 @@ type text struct {
 	list []token
 }
 
-// scan cuts src into tokens and enforces every limit.
-func scan(name, src string, limit int) (*text, error) {
+// scan cuts src into tokens and enforces every limit; limit is of its bytes. `x has
+// a.b` is parsed into a tree that holds x twice, so nesting it doubles the tree each
+// time, at some 60 bytes a token: the tokens after such copies are at most as many as
+// the bytes may be.
+func scan(name, src string, limit, tokens int) (*text, error) {
 	t := &text{name: name, src: src}
 	if len(src) > limit {
 		t.src = ""
@@ -126,10 +133,10 @@ func scan(name, src string, limit int) (*text, error) {
 		}
 		i += n
 	}
-	if err := t.cut(); err != nil {
+	if err := t.cut(tokens); err != nil {
 		return nil, err
 	}
-	if err := t.measure(); err != nil {
+	if err := t.measure(limit); err != nil {
 		return nil, err
 	}
 	return t, nil
@@ -141,9 +148,9 @@ func isWord(c byte, first bool) bool {
 
 func isDigit(c byte) bool { return '0' <= c && c <= '9' }
 
-// cut fills list. Cedar's tokens: comments to the end of the line or between
+// cut fills list, which holds at most limit and the end. Cedar's tokens: comments to the end of the line or between
 // /* and */, texts that end on their line, identifiers, integers, operators.
-func (t *text) cut() error {
+func (t *text) cut(limit int) error {
 	s := t.src
 	for i := 0; i < len(s); {
 		start, c := i, s[i]
@@ -201,6 +208,9 @@ func (t *text) cut() error {
 			}
 			i += n
 		}
+		if len(t.list) == limit {
+			return t.fail(token{off: start}, fmt.Sprintf("it has more than %d words and signs", limit), "")
+		}
 		t.list = append(t.list, token{k, start, s[start:i]})
 	}
 	t.list = append(t.list, token{end, len(s), ""})
@@ -229,10 +239,11 @@ type level struct {
 }
 
 // measure checks that brackets match, and the limits on nesting, operators and
-// expansion.
-func (t *text) measure() error {
+// expansion, which is of the whole text: many policies must not cost what one may not.
+func (t *text) measure(expanded int) error {
 	levels := []level{{}}
-	ifs, operators := 0, 0
+	ifs, operators, parts := 0, 0, 0
+	before := 0 // the size of the policies before this one
 	for i, tok := range t.list {
 		l := &levels[len(levels)-1]
 		l.operand++
@@ -261,6 +272,7 @@ func (t *text) measure() error {
 			}
 		case ";":
 			if len(levels) == 1 {
+				before += l.sum + l.operand
 				*l, ifs, operators = level{}, 0, 0
 			}
 		case "has":
@@ -272,12 +284,23 @@ func (t *text) measure() error {
 		case "&&", "||", "+", "-", "*", "!", ".", "::", "[":
 			operators++
 		}
+		switch {
+		case tok.text == "::":
+			parts++
+		case tok.kind != word:
+			parts = 0
+		}
+		if tok.kind == str && i > 0 && t.list[i-1].text == "like" {
+			operators += strings.Count(tok.text, "*") // each is a part of the pattern
+		}
 		switch l := levels[len(levels)-1]; {
 		case len(levels)-1+ifs > maxDepth:
 			return t.fail(tok, fmt.Sprintf("it is nested more than %d deep", maxDepth), "")
 		case operators > maxOperators:
 			return t.fail(tok, fmt.Sprintf("one policy has more than %d operators", maxOperators), "make it several policies, or a set: [\"a\", \"b\"].contains(principal.role)")
-		case l.sum+l.operand > maxExpanded:
+		case parts > maxParts:
+			return t.fail(tok, fmt.Sprintf("a name has more than %d parts", maxParts), "")
+		case before+l.sum+l.operand > expanded:
 			return t.fail(tok, "this is too large: `has` with dots repeats what is before it", "write && between simpler conditions")
 		}
 	}

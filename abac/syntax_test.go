@@ -3,6 +3,7 @@ package abac
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -265,6 +266,9 @@ func TestTextsBeyondTheLimitsAreRefusedBeforeParsing(t *testing.T) {
 		"negations":       rep("!", maxOperators+1) + "true",
 		"conjunctions":    "true" + rep("&&true", maxOperators+1),
 		"accesses":        "principal" + rep(".a", maxOperators+1),
+		"parts":           "principal in Node" + rep("::a", maxParts) + `::"P"`,
+		"wildcards":       `principal.a like "` + rep("*", maxOperators+1) + `"`,
+		"signs":           rep(",", maxShortTokens+1),
 		"open only":       rep("(", maxShort),
 		"doubling":        rep("(", 31) + "principal" + rep(" has a.b)", 31),
 		"doubling in has": rep("(", 20) + "principal" + rep(".a has a.b.c.d)", 20),
@@ -282,7 +286,7 @@ func TestTextsBeyondTheLimitsAreRefusedBeforeParsing(t *testing.T) {
 	for name, expr := range map[string]string{
 		"deep":      rep("(", maxDepth) + "true" + rep(")", maxDepth),
 		"wide":      rep("(true) && ", 200) + "(" + rep("if true then false else ", 10) + "true)",
-		"a set":     `["` + rep(`a", "`, 1000) + `"].contains(principal.role)`,
+		"a set":     `["` + rep(`a", "`, 500) + `"].contains(principal.role)`,
 		"dotted":    "principal has a.b.c && " + rep("context has a.b && ", 50) + "true",
 		"nested if": rep("if true then true else ", maxDepth) + "true",
 	} {
@@ -292,6 +296,17 @@ func TestTextsBeyondTheLimitsAreRefusedBeforeParsing(t *testing.T) {
 	}
 	if _, err := Parse("p", []byte(rep("permit(principal, action, resource) when { principal.a && !principal.b };\n", 800))); err != nil {
 		t.Error(err)
+	}
+	// What one policy may grow to, some hundred in one file may not.
+	doubling := "permit(principal, action, resource) when { " + rep("(", 8) + "principal" + rep(" has a.b)", 8) + " };\n"
+	if _, err := Parse("p", []byte(doubling)); err != nil {
+		t.Error(err)
+	}
+	if _, err := Parse("p", []byte(rep(doubling, maxSource/len(doubling)))); err == nil {
+		t.Error("policies that all grow were accepted")
+	}
+	if _, err := Parse("p", []byte(rep(",", maxSource))); err == nil || !strings.Contains(err.Error(), "words and signs") {
+		t.Errorf("a source of commas: %v", err)
 	}
 	if _, err := Parse("p", []byte(rep(" ", maxSource+1))); err == nil {
 		t.Error("a source beyond 64 KiB was accepted")
@@ -377,4 +392,37 @@ func FuzzDecide(f *testing.F) {
 			t.Fatalf("%q both permits and does not forbid: %+v", expr, d)
 		}
 	})
+}
+
+// An expression costs less than the bound. A file is its operator's own, and costs 8 MiB when it is 64 KiB of
+// ordinary policies: more than the bound, but nothing in it may cost much more than that.
+func TestALyingPolicyAllocatesLittle(t *testing.T) {
+	short := [][]byte{[]byte(strings.Repeat("(", 8) + "principal" + strings.Repeat(" has a.b)", 8))}
+	for _, s := range seeds {
+		short = append(short, []byte(s))
+	}
+	alloc.Hostile(t, func(b []byte) { Short("open", "orders-db", string(b)) }, short...)
+
+	rep := strings.Repeat
+	one := `permit(principal, action == Action::"open", resource == Name::"db") when { `
+	for name, src := range map[string]string{
+		"signs":    rep(",", maxSource),
+		"unknown":  rep("\x01", maxSource),
+		"smallest": rep("permit(principal,action,resource);", maxSource/34),
+		"doubling": rep(one+rep("(", 10)+"principal"+rep(" has a.b)", 10)+" };", 250),
+		"chains":   rep(one+"true"+rep("&&true", 900)+"};", 10),
+		"parts":    one + "principal in Node" + rep("::"+rep("a", 60), 1000) + `::"a"};`,
+		"pattern":  one + `principal.a like "` + rep("*a", 30000) + `"};`,
+		"a set":    one + `["` + rep(`a","`, 9900) + `"].contains(principal.role)};`,
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := Parse("p.cedar", []byte(src))
+		runtime.ReadMemStats(&after)
+		n := after.TotalAlloc - before.TotalAlloc
+		t.Logf("%s: %d bytes, %v", name, n, err == nil)
+		if n > 16<<20 {
+			t.Errorf("%s: %d bytes were allocated for %d", name, n, len(src))
+		}
+	}
 }
