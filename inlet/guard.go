@@ -146,6 +146,9 @@ func (g *guard) field(b []byte) (int, error) {
 	h := &g.request
 	switch strings.ToLower(name) {
 	case "host":
+		if len(h.hosts) == maxHosts {
+			return n, errHeader
+		}
 		h.hosts = append(h.hosts, value)
 	case "origin":
 		if h.origin != "" {

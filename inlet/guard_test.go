@@ -155,3 +155,17 @@ func FuzzGuardSeesWhatAServerSees(f *testing.F) {
 		}
 	})
 }
+
+func TestAGuardAllocatesLittleForLyingInput(t *testing.T) {
+	check := func(b []byte) { newGuard(nil).check(b) }
+	alloc.Hostile(t, check,
+		[]byte("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhelloGET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+		[]byte("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\nOrigin: null\r\n\r\n"),
+	)
+}
+
+func TestARequestOfManyHostsIsMalformed(t *testing.T) {
+	if _, err := guarded(t, "GET / HTTP/1.1\r\n"+strings.Repeat("Host: localhost\r\n", maxHosts+1)+"\r\n"); err != errHeader {
+		t.Errorf("the guard says %v", err)
+	}
+}

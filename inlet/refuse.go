@@ -179,6 +179,7 @@ const (
 	refuseTime = 5 * time.Second
 	headTime   = 30 * time.Second // from a head's first byte to its last; what servers allow
 	maxHead    = 64 << 10         // a request's head; what browsers and proxies allow
+	maxHosts   = 4                // a request's Host lines and its target's host; one or two, and a server refuses two lines
 )
 
 // refuseHTTP answers the request whose head was read with 403, 400 or 502 and closes
