@@ -54,9 +54,10 @@ unit:
 	$(GO) test -race -shuffle=on -timeout 10m $(PACKAGES)
 
 # What the race detector makes ten times slower, or hides: every byte of the handshake, the cost
-# of a frame and of an idle stream.
+# of a frame and of an idle stream, what input that lies makes a decoder allocate.
 plain:
 	$(GO) test -count=1 ./internal/channel ./internal/stream ./routing
+	$(GO) test -count=1 -run 'AllocatesLittle|AllocateLittle|HostileReaches' ./abac ./cmd/portal ./identity ./inlet ./internal/alloc ./internal/authority ./internal/control ./internal/pgwire ./relay
 
 fuzz:
 	FUZZTIME=$(FUZZTIME) GO='$(GO)' .ci/fuzz $(PACKAGES)

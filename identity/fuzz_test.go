@@ -168,3 +168,46 @@ func FuzzKeyFile(f *testing.F) {
 		}
 	})
 }
+
+func TestDecodersOfLyingInputAllocateLittle(t *testing.T) {
+	authority, node := newSelf(t), newSelf(t)
+	first := authority.History()
+	rotate(t, authority)
+	h, err := parseHistory(authority.History())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, attestation, key := prove(t, authority, noon)
+	c := issueTo(t, authority, node, Attributes{"role": "agent", "n": int64(1), "b": true, "l": []string{"a"}}, noon, noon.Add(time.Hour))
+	good := goodClaims(authority, node)
+	trust := NewTrust(authority.ID())
+	membership, err := encodeMembership(&stored{
+		Membership: Membership{Authority: authority.ID(), Name: "db1", Ways: []Way{{Addr: "a:1"}, {ID: node.ID(), Addr: "b:2"}}},
+		credential: c,
+		issuer:     authority.History(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := encode(&ticketBody{Authority: bytes.Repeat([]byte{1}, 32), Secret: bytes.Repeat([]byte{1}, 32), Expires: 1, Ways: []wireWay{{Addr: "a:1"}}})
+	for _, d := range []struct {
+		name    string
+		decode  func([]byte)
+		genuine [][]byte
+	}{
+		{"history", func(b []byte) { parseHistory(b) }, [][]byte{first, authority.History()}},
+		{"attestation", func(b []byte) { verifyAttestation(b, h, key, noon) }, [][]byte{attestation}},
+		{"credential", func(b []byte) { trust.Verify(b, authority.History(), node.ID(), node.Latest(), noon) }, [][]byte{c.Raw()}},
+		{"the issuer of a credential", func(b []byte) { trust.Verify(c.Raw(), b, node.ID(), node.Latest(), noon) }, [][]byte{authority.History()}},
+		// Behind a signature: what an authority that turned hostile can issue.
+		{"claims", func(b []byte) { decode(b, new(claims)) }, [][]byte{encode(&good)}},
+		{"ticket", func(b []byte) { ParseTicket(string(b)) }, [][]byte{[]byte(ticketText(t, newTicket(t, 1))), []byte(ticketText(t, newTicket(t, 8)))}},
+		{"body of a ticket", func(b []byte) { parseTicketBody(b) }, [][]byte{body}},
+		{"identifier", func(b []byte) { ParseID(string(b)) }, [][]byte{[]byte(node.ID().String())}},
+		{"way", func(b []byte) { ParseWay(string(b)) }, [][]byte{[]byte(Way{ID: node.ID(), Addr: "b:2"}.String())}},
+		{"membership", func(b []byte) { parseMembership(b) }, [][]byte{membership}},
+		{"key file", func(b []byte) { parseKey(b) }, [][]byte{encodeKey(node.state.Load())}},
+	} {
+		t.Run(d.name, func(t *testing.T) { alloc.Hostile(t, d.decode, d.genuine...) })
+	}
+}

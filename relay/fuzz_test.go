@@ -60,3 +60,18 @@ func FuzzHeaderBodies(f *testing.F) {
 		}
 	})
 }
+
+func TestDecodersOfLyingInputAllocateLittle(t *testing.T) {
+	for _, d := range []struct {
+		name    string
+		decode  func([]byte)
+		genuine [][]byte
+	}{
+		{"offer", func(b []byte) { readOffer(bytes.NewReader(b)) }, [][]byte{offer{offerLane, laneID{1}, [32]byte{2}}.append(nil)}},
+		{"names", func(b []byte) { readNames(bytes.NewReader(b)) }, [][]byte{appendNames(nil), appendNames([]string{"db", "a/b"})}},
+		{"registration", func(b []byte) { parseRegister(b) }, [][]byte{registerBody{[16]byte{1}, Yamux}.bytes()}},
+		{"connect", func(b []byte) { parseConnect(b) }, [][]byte{connectBody(identity.ID{1})}},
+	} {
+		t.Run(d.name, func(t *testing.T) { alloc.Hostile(t, d.decode, d.genuine...) })
+	}
+}

@@ -108,3 +108,16 @@ func FuzzDecodeMessage(f *testing.F) {
 		}
 	})
 }
+
+func TestDecodersOfLyingInputAllocateLittle(t *testing.T) {
+	var wire, texts, whole [][]byte
+	for _, tt := range routes {
+		wire, texts = append(wire, []byte(tt.wire)), append(texts, []byte(tt.text))
+	}
+	for _, tt := range messages {
+		whole = append(whole, []byte(tt.wire))
+	}
+	t.Run("route", func(t *testing.T) { alloc.Hostile(t, func(b []byte) { DecodeRoute(b) }, wire...) })
+	t.Run("text of a route", func(t *testing.T) { alloc.Hostile(t, func(b []byte) { ParseRoute(string(b)) }, texts...) })
+	t.Run("message", func(t *testing.T) { alloc.Hostile(t, func(b []byte) { DecodeMessage(b) }, whole...) })
+}

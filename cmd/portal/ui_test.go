@@ -16,6 +16,7 @@ import (
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/authority"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
@@ -41,6 +42,7 @@ func TestPeerTextIsEscapedAndBounded(t *testing.T) {
 func FuzzPeerText(f *testing.F) {
 	f.Add("a\x1b[31m\xff\u202e")
 	f.Fuzz(func(t *testing.T, text string) {
+		defer alloc.Bound(t, len(text))()
 		got := fromPeer(text)
 		if !utf8.ValidString(got) || strings.ContainsAny(got, "\n\r\x1b") || ready.MatchString(got) || len(got) > 10*peerText {
 			t.Errorf("%q: %q", text, got)
@@ -382,4 +384,8 @@ func TestNoExplanationSaysReady(t *testing.T) {
 			t.Errorf("%s: %q", c, text)
 		}
 	}
+}
+
+func TestTextOfAPeerAllocatesLittle(t *testing.T) {
+	alloc.Hostile(t, func(b []byte) { fromPeer(string(b)) }, []byte("too many connections"), []byte("a\x1b[31m\xff\u202e"))
 }

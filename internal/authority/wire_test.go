@@ -209,3 +209,29 @@ func TestRecordsKeepTheTypesOfAttributes(t *testing.T) {
 		t.Errorf("%#v became %#v", attrs, r.Grant.Attributes)
 	}
 }
+
+func TestDecodersOfLyingInputAllocateLittle(t *testing.T) {
+	attributes := identity.Attributes{"role": "db", "teams": []string{"a", "b"}, "level": int64(-3), "on": true, "none": []string{}}
+	grant := grantRecord{Name: "db1", Attributes: attributes, Serve: []string{"orders/*"}, Relay: true}
+	for _, d := range []struct {
+		name    string
+		decode  func([]byte)
+		genuine [][]byte
+	}{
+		{"question", func(b []byte) {
+			if b, err := readAll(bytes.NewReader(b), maxQuestion); err == nil {
+				decodeQuestion(nameEnroll, b)
+				decodeQuestion(nameRenew, b)
+			}
+		}, [][]byte{mustEncode(t, &question{Now: 1, Secret: make([]byte, 32), Proof: make([]byte, 64)}), mustEncode(t, &question{Now: 1_795_000_000_000})}},
+		{"answer", func(b []byte) {
+			if b, err := readAll(bytes.NewReader(b), maxAnswer); err == nil {
+				decodeAnswer(b)
+			}
+		}, [][]byte{mustEncode(t, &answer{Now: 1, Credential: []byte{1}, History: []byte{2}, Repeat: true}), mustEncode(t, &answer{Code: codeRemoved, Now: 1, When: 1})}},
+		{"stored ticket", func(b []byte) { decodeTicketRecord(b) }, [][]byte{mustEncode(t, &ticketRecord{Grant: grant, Created: 1, Expires: 2, Uses: 3, Left: 2, Spent: 1, Revoked: 1})}},
+		{"stored member", func(b []byte) { decodeMemberRecord(b) }, [][]byte{mustEncode(t, &memberRecord{Grant: grant, Ticket: make([]byte, 32), Joined: 1, Granted: 1, Removed: 2, Issued: []issuedRecord{{make([]byte, 16), 9}}, Change: make([]byte, 32)})}},
+	} {
+		t.Run(d.name, func(t *testing.T) { alloc.Hostile(t, d.decode, d.genuine...) })
+	}
+}

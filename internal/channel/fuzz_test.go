@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"slices"
 	"testing"
 	"time"
@@ -244,3 +245,144 @@ func FuzzOpenRecord(f *testing.F) {
 		}
 	})
 }
+
+// mute is a lane on which the other end says one thing and then nothing.
+type mute struct {
+	net.Conn
+	in *bytes.Reader
+}
+
+func (m mute) Read(b []byte) (int, error)    { return m.in.Read(b) }
+func (mute) Write(b []byte) (int, error)     { return len(b), nil }
+func (mute) SetDeadline(time.Time) error     { return nil }
+func (mute) SetReadDeadline(time.Time) error { return nil }
+func (mute) Close() error                    { return nil }
+
+// toStrangers is both ends' config towards whoever sends what a fuzzer made up.
+func toStrangers() *Config {
+	return &Config{Self: mustSelf(), Kind: Relay, Trust: identity.NewTrust(mustSelf().ID()), Proofless: true, Judge: func(*identity.Peer) error { return nil }}
+}
+
+// firstBytes are what an initiator sends first, and a responder.
+func firstBytes(t testing.TB, c *Config) (initiator, responder []byte) {
+	t.Helper()
+	p := Preface{Kind: c.Kind, Suite: AESGCM}
+	i, err := newHandshake(c.Self, true, p, [32]byte{}, time.Now(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m1, err := i.write1()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := newHandshake(c.Self, false, p, [32]byte{}, time.Now(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.read1(m1); err != nil {
+		t.Fatal(err)
+	}
+	m2, err := r.write2()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return appendField(p.Append(nil), m1), appendField(nil, m2)
+}
+
+// proved is a peer that has proved to be the identity of c, and has shown no credential.
+func proved(t testing.TB, c *Config) *identity.Peer {
+	t.Helper()
+	key, attestation, err := c.Self.Static(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := identity.VerifyProof(c.Self.History(), attestation, key.PublicKey().Bytes(), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return peer
+}
+
+// confirmations are such records: without a credential, with one that does not
+// count, a close.
+func confirmations() [][]byte {
+	frame := func(kind uint8, body []byte) []byte { return append(AppendHeader(nil, kind, 0, len(body)), body...) }
+	return [][]byte{
+		frame(kindConfirm, make([]byte, 4)),
+		frame(kindConfirm, appendField(appendField(nil, []byte{0x84, 0x40, 0xa0, 0x40, 0x40}), mustSelf().History())),
+		appendClose(nil, 1, "its credential expired"),
+	}
+}
+
+// Nobody becomes a member by what is made up, and only a confirmation without a
+// credential passes without a word.
+func FuzzConfirm(f *testing.F) {
+	c := toStrangers()
+	for _, b := range confirmations() {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		defer alloc.Bound(t, len(b))()
+		peer := proved(t, c)
+		unproved, err := (&opening{config: c, peer: peer}).takeConfirm(b)
+		if err == nil && unproved == nil && len(b) != frameHeader+4 && !bytes.HasPrefix(b[frameHeader:], []byte{0, 0}) {
+			t.Errorf("%x is taken without a word", b)
+		}
+		if peer.Credential() != nil {
+			t.Fatalf("%x is a credential that nobody issued", b)
+		}
+	})
+}
+
+func TestDecodersOfLyingInputAllocateLittle(t *testing.T) {
+	c := toStrangers()
+	initiator, responder := firstBytes(t, c)
+	proof, err := encodeProof(c.Self.History(), make([]byte, 193))
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame := append(AppendHeader(nil, 0x13, 1, 4), "data"...)
+	record := append([]byte{0, 25 + 9}, make([]byte, 25+9)...)
+	discard, peer := &checkless{}, proved(t, c)
+	for _, d := range []struct {
+		name    string
+		decode  func([]byte)
+		genuine [][]byte
+	}{
+		{"preface", func(b []byte) { ReadPreface(bytes.NewReader(b)) }, [][]byte{Preface{Kind: KindLane, ID: [16]byte{1}}.Append(nil)}},
+		{"opening, as responder", func(b []byte) {
+			if _, err := Respond(t.Context(), mute{in: bytes.NewReader(b)}, c); err == nil {
+				t.Errorf("%x opened a channel", b[:min(len(b), 100)])
+			}
+		}, [][]byte{initiator}},
+		{"opening, as initiator", func(b []byte) {
+			if _, err := Initiate(t.Context(), mute{in: bytes.NewReader(b)}, c); err == nil {
+				t.Errorf("%x opened a channel", b[:min(len(b), 100)])
+			}
+		}, [][]byte{responder}},
+		{"proof", func(b []byte) { decodeProof(b) }, [][]byte{proof}},
+		{"confirmation", func(b []byte) { (&opening{config: c, peer: peer}).takeConfirm(b) }, confirmations()},
+		{"close", func(b []byte) { parseClose(b) }, [][]byte{append([]byte{1}, "its credential expired"...)}},
+		{"frames", func(b []byte) {
+			e := &End{peer: peer, begin: time.Now(), done: make(chan struct{}), config: &Config{Trust: c.Trust, Logger: slog.New(slog.DiscardHandler)}}
+			e.sealer.err = ErrClosed
+			e.frames(b, discard)
+		}, [][]byte{frame, append(AppendHeader(nil, kindPing, 0, 8), make([]byte, 8)...)}},
+		{"records", func(b []byte) {
+			l := newLaneReader(&chunked{bytes: b, err: io.EOF})
+			defer l.release()
+			for l.fill() == nil {
+				for rec, err := l.record(); rec != nil && err == nil; rec, err = l.record() {
+				}
+			}
+		}, [][]byte{record}},
+	} {
+		t.Run(d.name, func(t *testing.T) { alloc.Hostile(t, d.decode, d.genuine...) })
+	}
+}
+
+// checkless is a Handler that takes every frame.
+type checkless struct{}
+
+func (*checkless) Frame(uint8, uint32, []byte) error { return nil }
+func (*checkless) Flush() error                      { return nil }

@@ -144,3 +144,7 @@ func FuzzReadRequest(f *testing.F) {
 		}
 	})
 }
+
+func TestALyingRequestAllocatesLittle(t *testing.T) {
+	alloc.Hostile(t, func(b []byte) { readRequest(bytes.NewReader(b)) }, []byte(`{"method":"ticket.create","params":{"name":"db1","attributes":{"a":[1,"b"]}}}`))
+}

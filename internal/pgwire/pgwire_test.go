@@ -478,3 +478,9 @@ func Example() {
 	fmt.Println(e.Severity, e.Code, e.Message)
 	// Output: FATAL 57P03 portal: 127.0.0.1:5432 does not answer
 }
+
+func TestALyingClientAllocatesLittle(t *testing.T) {
+	alloc.Hostile(t, func(b []byte) {
+		Refuse(&scripted{in: bytes.NewReader(b)}, nil, refusal)
+	}, startup, cancel, append(bytes.Clone(sslRequest), startup...), append(bytes.Clone(gssRequest), startup...))
+}

@@ -225,3 +225,42 @@ func FuzzParseCode(f *testing.F) {
 		}
 	})
 }
+
+func TestDecodersOfLyingInputAllocateLittle(t *testing.T) {
+	var opens [][]byte
+	for _, h := range []Header{{Kind: Bytes, Name: "db"}, {Kind: Request, Name: "enroll", Body: []byte("body")}} {
+		b, err := appendOpen(nil, 1, h, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		opens = append(opens, b[headerSize:])
+	}
+	code := appendCode(nil, frameReset, 1, CodeBusy, "too many connections")[headerSize:]
+	t.Run("open", func(t *testing.T) { alloc.Hostile(t, func(b []byte) { parseOpen(b) }, opens...) })
+	t.Run("reset", func(t *testing.T) { alloc.Hostile(t, func(b []byte) { parseCode(b) }, code) })
+	t.Run("offset", func(t *testing.T) { alloc.Hostile(t, func(b []byte) { parseOffset(b) }, make([]byte, 8)) })
+	// One body of every kind, for a stream that is there and one that is not.
+	t.Run("frame", func(t *testing.T) {
+		alloc.Hostile(t, func(b []byte) {
+			for kind := uint8(frameOpen); kind <= frameCredit; kind++ {
+				var n routing.Node
+				var budget Budget
+				m := NewMux(&n, &sink{control: make(map[uint64]bool)}, true, Limits{Streams: 4, Budget: &budget}, func(*Incoming) {})
+				c, err := m.Open(Header{Kind: Bytes})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err = m.Frame(kind, 1, b); err == nil {
+					err = m.Frame(kind, 2, b)
+				}
+				if err == nil {
+					err = io.ErrUnexpectedEOF
+				}
+				m.Fail(err)
+				c.Reset(CodeLocal, "end")
+				m.WaitIdle()
+				n.Close()
+			}
+		}, append(opens, code, make([]byte, 8))...)
+	})
+}
