@@ -109,6 +109,8 @@ func (s *Server) verdict(err error) verdict {
 	var over *identity.ExpiredError
 	var foreign *foreignError
 	var v verdict
+	c := s.Self.Credential()
+	ended := c != nil && !s.now().Before(c.Expires)
 	switch {
 	case errors.As(err, &foreign):
 		return verdict{code: "PORTAL-E0309", refused: true, text: fmt.Sprintf("portal: refused by inlet %s: %v", s.Name, err)}
@@ -120,6 +122,8 @@ func (s *Server) verdict(err error) verdict {
 	case code == stream.CodeRefused, code == stream.CodeRevoked:
 		v = verdict{code: "PORTAL-E0301", refused: true}
 	case code == stream.CodeExpired:
+		v = verdict{code: "PORTAL-E0302", refused: true}
+	case code == stream.CodeChannel && ended: // with that, in the moment before the stream was
 		v = verdict{code: "PORTAL-E0302", refused: true}
 	case code == stream.CodeBusy:
 		v = verdict{code: "PORTAL-E0404", hint: "Try again later, or raise the outlet's limit."}
@@ -138,7 +142,7 @@ func (s *Server) verdict(err error) verdict {
 	default:
 		v = verdict{code: "PORTAL-E0401", hint: "portal ping " + s.Name + " shows the way hop by hop."}
 	}
-	if c := s.Self.Credential(); v.code == "PORTAL-E0301" && c != nil && !s.now().Before(c.Expires) {
+	if v.code == "PORTAL-E0301" && ended {
 		v.code = "PORTAL-E0302" // which is why
 	}
 	switch {

@@ -399,26 +399,29 @@ func (k *Keeper) connect(ctx context.Context) (*Live, error) {
 	answers := make(chan *attempt, len(order))
 	under := make(map[int]*attempt) // way, by its number in Paths
 	failed := make([]error, len(k.Paths))
-	wait := time.NewTimer(0)
-	defer wait.Stop()
-	for begun := 0; begun < len(order) || len(under) > 0; {
-		var next <-chan time.Time
-		if begun < len(order) {
-			next = wait.C
+	head := time.NewTimer(headStart)
+	defer head.Stop()
+	begun := 0
+	try := func() {
+		if begun == len(order) {
+			return
 		}
+		a := &attempt{path: order[begun], begin: time.Now()}
+		begun++
+		under[a.path] = a
+		k.old.Go(func() { k.dial(tries, a); answers <- a })
+		head.Reset(headStart)
+	}
+	for try(); len(under) > 0; {
 		select {
-		case <-next:
-			a := &attempt{path: order[begun], begin: time.Now()}
-			begun++
-			under[a.path] = a
-			k.old.Go(func() { k.dial(tries, a); answers <- a })
-			wait.Reset(headStart)
+		case <-head.C:
+			try()
 		case a := <-answers:
 			delete(under, a.path)
 			if a.err != nil && ctx.Err() == nil {
 				k.took[a.path] = math.MaxInt64 // behind every path that answered
 				failed[a.path] = a.err
-				wait.Reset(0)
+				try()
 				continue
 			}
 			if n := len(under); n > 0 {

@@ -437,10 +437,11 @@ func TestACutOfADirectConnectionIsNoticedAsAnEnd(t *testing.T) {
 		if c.down {
 			way = proxy.In
 		}
-		p.Arm(proxy.Fault{Kind: proxy.Flip, Direction: way, At: 1000, N: 1})
+		flipped := p.Arm(proxy.Fault{Kind: proxy.Flip, Direction: way, At: 1000, N: 1})
 		if err := s.cut(p.Addr(), c.down, mark{}, false); !errors.Is(err, ruler.ErrWrong) {
 			t.Errorf("a bit that was changed for the %s: %v", c.who, err)
 		}
+		<-flipped.Over // what is left of it would meet the next fault
 		p.Arm(proxy.Fault{Kind: proxy.FIN, Direction: way, At: 1000})
 		err := s.cut(p.Addr(), c.down, mark{}, false)
 		if c.down && (err == nil || err.Error() != "the client read a clean end after 1000 bytes") {

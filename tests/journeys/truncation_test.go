@@ -54,7 +54,8 @@ func TestNoCutAcrossARelayIsAnEnd(t *testing.T) {
 				for i := range kills {
 					for _, down := range []bool{true, false} {
 						ready(t, k.addr)
-						m := mark{i*transfer/kills + rand.IntN(transfer/kills/2), func() { kill(t, *victim.process) }}
+						p := *victim.process // restart puts another one there
+						m := mark{i*transfer/kills + rand.IntN(transfer/kills/2), func() { kill(t, p) }}
 						if err := x.cut(k.addr, down, m, true); err != nil {
 							t.Errorf("%s killed at %d, down %v: %v", victim.name, m.n, down, err)
 						}
@@ -273,7 +274,8 @@ func TestCurlNoticesEachCutOfADownloadWithoutALength(t *testing.T) {
 				{"inlet", &k.in, k.openInlet},
 			} {
 				ready(t, k.addr)
-				m := mark{1 + rand.IntN(transfer-1), func() { kill(t, *victim.process) }}
+				p := *victim.process // restart puts another one there
+				m := mark{1 + rand.IntN(transfer-1), func() { kill(t, p) }}
 				if err := fetch(k.addr, m); err != nil {
 					t.Errorf("%s killed at %d, %s: %v", victim.name, m.n, carrier, err)
 				}
