@@ -19,6 +19,7 @@ import (
 	"github.com/portal-tunnel/portal/tests/fault/proxy"
 	"github.com/portal-tunnel/portal/tests/fault/ruler"
 	"github.com/portal-tunnel/portal/tests/process"
+	"github.com/portal-tunnel/portal/tests/serving"
 	"github.com/portal-tunnel/portal/tests/tunnels"
 )
 
@@ -215,7 +216,7 @@ func (t *trial) run(ctx context.Context, s tunnels.System) (r result) {
 		r.err = err
 		return r
 	}
-	defer target.close()
+	defer target.Close()
 	b := &bench{trial: t, system: s, target: target}
 	defer b.stop()
 	number := uint32(0)
@@ -289,7 +290,7 @@ func (b *bench) carries(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		b.stop()
-		site := tunnels.NewSite(b.target.addr(), b.portal)
+		site := tunnels.NewSite(b.target.Addr(), b.portal)
 		site.Between = func(_ context.Context, addr string) (string, error) {
 			p, err := proxy.Listen("", addr)
 			if err != nil {
@@ -408,13 +409,11 @@ func echo(ctx context.Context, addr string) error {
 // target is the service behind a tunnel: E echoes, D and a number sends a transfer, U and a number reads
 // one and tells how it ended.
 type target struct {
-	ln   net.Listener
+	*serving.Server
 	size int64
-	all  sync.WaitGroup
 
-	mu    sync.Mutex
-	seen  map[uint32]chan sight
-	conns map[net.Conn]struct{}
+	mu   sync.Mutex
+	seen map[uint32]chan sight
 }
 
 type sight struct {
@@ -422,43 +421,10 @@ type sight struct {
 	err error
 }
 
-func newTarget(size int64) (*target, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	t := &target{ln: ln, size: size, seen: make(map[uint32]chan sight), conns: make(map[net.Conn]struct{})}
-	t.all.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			t.mu.Lock()
-			t.conns[c] = struct{}{}
-			t.mu.Unlock()
-			t.all.Go(func() {
-				t.serve(c)
-				c.Close()
-				t.mu.Lock()
-				delete(t.conns, c)
-				t.mu.Unlock()
-			})
-		}
-	})
-	return t, nil
-}
-
-func (t *target) addr() string { return t.ln.Addr().String() }
-
-func (t *target) close() {
-	t.ln.Close()
-	t.mu.Lock()
-	for c := range t.conns {
-		c.Close()
-	}
-	t.mu.Unlock()
-	t.all.Wait()
+func newTarget(size int64) (t *target, err error) {
+	t = &target{size: size, seen: make(map[uint32]chan sight)}
+	t.Server, err = serving.Listen("tcp", "127.0.0.1:0", t.serve)
+	return t, err
 }
 
 // expect gives where the outcome of an upload is told.

@@ -20,6 +20,7 @@ import (
 	"github.com/portal-tunnel/portal/tests/fault/proxy"
 	"github.com/portal-tunnel/portal/tests/fault/ruler"
 	"github.com/portal-tunnel/portal/tests/process"
+	"github.com/portal-tunnel/portal/tests/serving"
 )
 
 // silence is patience for what is noticed by hearing nothing, which takes up to 30 s.
@@ -34,12 +35,9 @@ const silence = 45 * time.Second
 //
 // and the transfer's outcome is how its connection ended here.
 type station struct {
-	ln  net.Listener
-	all sync.WaitGroup
+	server *serving.Server
 
 	mu        sync.Mutex
-	conns     map[net.Conn]struct{}
-	over      bool
 	transfers map[uint32]*trip
 }
 
@@ -74,47 +72,16 @@ func (o outcome) verdict() error {
 
 func newStation(t testing.TB) *station {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+	s := &station{transfers: make(map[uint32]*trip)}
+	var err error
+	if s.server, err = serving.Listen("tcp", "127.0.0.1:0", s.serve); err != nil {
 		t.Fatal(err)
 	}
-	s := &station{ln: ln, conns: make(map[net.Conn]struct{}), transfers: make(map[uint32]*trip)}
-	s.all.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			s.mu.Lock()
-			if s.over {
-				c.Close()
-			} else {
-				s.conns[c] = struct{}{}
-				s.all.Go(func() {
-					s.serve(c)
-					c.Close()
-					s.mu.Lock()
-					delete(s.conns, c)
-					s.mu.Unlock()
-				})
-			}
-			s.mu.Unlock()
-		}
-	})
-	t.Cleanup(func() {
-		ln.Close()
-		s.mu.Lock()
-		s.over = true
-		for c := range s.conns {
-			c.Close()
-		}
-		s.mu.Unlock()
-		s.all.Wait()
-	})
+	t.Cleanup(s.server.Close)
 	return s
 }
 
-func (s *station) addr() string { return s.ln.Addr().String() }
+func (s *station) addr() string { return s.server.Addr() }
 
 // expect makes a transfer, before its client dials.
 func (s *station) expect(m mark) *trip {

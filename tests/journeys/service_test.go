@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/portal-tunnel/portal/tests/serving"
 )
 
 const transfer = 1 << 20
@@ -39,17 +41,14 @@ const patience = 30 * time.Second
 //
 // A number (4 bytes, big-endian) tells one transfer's result from those before.
 type service struct {
-	ln      net.Listener
+	server  *serving.Server
 	results chan result
 	marks   chan mark     // of the next U
 	stuck   chan struct{} // a write of B has waited for a second
-	all     sync.WaitGroup
 
 	accepted atomic.Int64 // connections
 
 	mu     sync.Mutex
-	conns  map[net.Conn]struct{}
-	over   bool
 	number uint32
 }
 
@@ -82,49 +81,18 @@ func serveOn(addr string) (*service, error) {
 	if path, ok := unixPath(addr); ok {
 		network, addr = "unix", path
 	}
-	ln, err := net.Listen(network, addr)
-	if err != nil {
-		return nil, err
-	}
-	s := &service{ln: ln, results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1), conns: make(map[net.Conn]struct{})}
-	s.all.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			s.accepted.Add(1)
-			s.mu.Lock()
-			if s.over {
-				c.Close()
-			} else {
-				s.conns[c] = struct{}{}
-				s.all.Go(func() {
-					s.answer(c)
-					c.Close()
-					s.mu.Lock()
-					delete(s.conns, c)
-					s.mu.Unlock()
-				})
-			}
-			s.mu.Unlock()
-		}
+	s := &service{results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1)}
+	var err error
+	s.server, err = serving.Listen(network, addr, func(c net.Conn) {
+		s.accepted.Add(1)
+		s.answer(c)
 	})
-	return s, nil
+	return s, err
 }
 
-func (s *service) close() {
-	s.ln.Close()
-	s.mu.Lock()
-	s.over = true
-	for c := range s.conns {
-		c.Close()
-	}
-	s.mu.Unlock()
-	s.all.Wait()
-}
+func (s *service) close() { s.server.Close() }
 
-func (s *service) addr() string { return s.ln.Addr().String() }
+func (s *service) addr() string { return s.server.Addr() }
 
 func newService(t testing.TB) *service {
 	t.Helper()

@@ -1,0 +1,71 @@
+// Package serving is a listener whose connections are each handled by a goroutine, and all ended by Close.
+package serving
+
+import (
+	"net"
+	"sync"
+)
+
+// Server owns its listener, its connections and their goroutines until Close.
+type Server struct {
+	ln  net.Listener
+	all sync.WaitGroup
+
+	mu    sync.Mutex
+	conns map[net.Conn]struct{}
+	over  bool
+}
+
+// Listen calls handle with each connection, which is closed when handle returns.
+func Listen(network, addr string, handle func(net.Conn)) (*Server, error) {
+	ln, err := net.Listen(network, addr)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{ln: ln, conns: make(map[net.Conn]struct{})}
+	s.all.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			if !s.enter(c) {
+				c.Close()
+				continue
+			}
+			s.all.Go(func() {
+				handle(c)
+				c.Close()
+				s.mu.Lock()
+				delete(s.conns, c)
+				s.mu.Unlock()
+			})
+		}
+	})
+	return s, nil
+}
+
+// enter is false once Close ends what there is: one more would be ended by nobody.
+func (s *Server) enter(c net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.over {
+		s.conns[c] = struct{}{}
+	}
+	return !s.over
+}
+
+// Addr is where it listens.
+func (s *Server) Addr() string { return s.ln.Addr().String() }
+
+// Close ends every connection and waits for its handler.
+func (s *Server) Close() {
+	s.ln.Close()
+	s.mu.Lock()
+	s.over = true
+	for c := range s.conns {
+		c.Close()
+	}
+	s.mu.Unlock()
+	s.all.Wait()
+}
