@@ -229,6 +229,18 @@ func modelled(w *town, rng *rand.Rand, trace *[]string) {
 		}
 	}
 
+	// each does something to every connection that has been dialled.
+	each := func(do func(*memnet.Conn)) []*memnet.Conn {
+		w.mu.Lock()
+		all := w.dialled
+		w.dialled = nil
+		w.mu.Unlock()
+		for _, conn := range all {
+			do(conn)
+		}
+		return all
+	}
+
 	open()
 	for range 30 {
 		if t.Failed() {
@@ -298,13 +310,7 @@ func modelled(w *town, rng *rand.Rand, trace *[]string) {
 		case op < 35:
 			note("every connection is cut")
 			breaks()
-			w.mu.Lock()
-			all := w.dialled
-			w.dialled = nil
-			w.mu.Unlock()
-			for _, conn := range all {
-				conn.Cut()
-			}
+			each((*memnet.Conn).Cut)
 			done(time.Second)
 			streams = nil
 			if open() == nil {
@@ -313,13 +319,7 @@ func modelled(w *town, rng *rand.Rand, trace *[]string) {
 		case op < 36:
 			note("every connection is silent")
 			breaks()
-			w.mu.Lock()
-			all := w.dialled
-			w.dialled = nil
-			w.mu.Unlock()
-			for _, conn := range all {
-				conn.Stall()
-			}
+			all := each((*memnet.Conn).Stall)
 			done(35 * time.Second)
 			for _, conn := range all {
 				conn.Cut()
