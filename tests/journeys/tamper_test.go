@@ -351,9 +351,11 @@ func TestNothingThatARelayDoesToRecordsIsDelivered(t *testing.T) {
 				b.begin()
 				running.Go(func() {
 					defer b.end() // else its transfers go on, whole, until the others have done their work
-					// A lane of its own first, whole, so that there is an older one.
-					if err := b.tamper(proxy.Fault{Kind: proxy.RST, Unit: proxy.Record, Direction: proxy.In, At: 64}, heard); err != nil {
-						t.Error(err)
+					// Lanes of its own first, whole for 64 records each way, so that there is an older one of each.
+					for _, way := range []proxy.Direction{proxy.Out, proxy.In} {
+						if err := b.tamper(proxy.Fault{Kind: proxy.RST, Unit: proxy.Record, Direction: way, At: 64}, heard); err != nil {
+							t.Error(err)
+						}
 					}
 					for _, c := range cases {
 						if err := b.tamper(c.Fault, c.within); err != nil {

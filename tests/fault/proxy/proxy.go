@@ -20,7 +20,7 @@ const (
 	delayed = 128
 	// kept is how many records of a connection Replay and Stale may take, and keptBytes how many bytes
 	// of them are held, a direction.
-	kept, keptBytes = 64, 4 << 20
+	kept, keptBytes = 64, 8 << 20 // as many of the longest
 	// finTime is how long a connection that was closed in good order is read from, so that what the peer
 	// was still sending does not turn the end it reads into a reset.
 	finTime = time.Second
