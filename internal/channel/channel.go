@@ -64,6 +64,11 @@ type Config struct {
 	// authorities; towards a service both ends must show one.
 	Proofless bool
 
+	// Turns is shared by the responders of one server, Source whom this one answers,
+	// where that is somebody in particular. Nil: each computes when it has to.
+	Turns  *Turns
+	Source string
+
 	Now    func() time.Time // nil: time.Now
 	Logger *slog.Logger     // nil: discard
 }
@@ -220,7 +225,7 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	var h *handshake
-	if err := o.compute(firsts, func() (err error) {
+	if err := o.answer(func() (err error) {
 		if h, err = newHandshake(c.Self, false, p, o.key, c.now(), nil); err == nil {
 			err = h.read1(m)
 		}
@@ -239,7 +244,7 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	o.rtt = time.Since(start)
-	if err := o.compute(lasts, func() error {
+	if err := o.verify(func() error {
 		if err := h.read3(m); err != nil {
 			return err
 		}
@@ -255,7 +260,7 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	var unproved error
-	if err := o.compute(lasts, func() (err error) {
+	if err := o.verify(func() (err error) {
 		unproved, err = o.takeConfirm(plain)
 		return err
 	}); err != nil {
@@ -264,7 +269,13 @@ func (o *opening) respond(p Preface) error {
 	if unproved != nil {
 		return o.refuse(unproved) // which waits for the other end to hear it
 	}
-	return o.judge()
+	if err := o.judge(); err != nil {
+		return err
+	}
+	if c.Turns != nil && o.peer.Credential() != nil {
+		c.Turns.proved(c.Source)
+	}
+	return nil
 }
 
 // readMessage reads length (2) and message; the length is judged before

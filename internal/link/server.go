@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -72,8 +70,8 @@ type Server struct {
 	Logger *slog.Logger // nil: discard
 
 	mu    sync.Mutex
-	half  map[net.Conn]string // lanes that have not proved themselves, by source
-	from  map[string]int      // how many of them each source has
+	turns channel.Turns
+	half  strangers
 	lives map[*Live]struct{}
 	each  map[identity.ID]int // lives by peer
 	lns   map[net.Listener]struct{}
@@ -101,8 +99,23 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		all.Wait()
 	}()
 	err := Accept(ctx, ln, log, func(c net.Conn) {
-		s.enter(c)
-		all.Go(func() { s.lane(lanes, c, log) })
+		limited, cancel := context.WithTimeout(lanes, proveTime)
+		newcomer := &stranger{Conn: c, from: source(c.RemoteAddr()), cancel: cancel}
+		if s.Many != nil && s.Many(c.RemoteAddr()) {
+			newcomer.from, newcomer.many = c.RemoteAddr().String(), true
+		}
+		if _, lane := c.(*channel.Lane); lane { // its address is the relay's
+			newcomer.many = true
+		}
+		known := !newcomer.many && s.turns.Known(newcomer.from)
+		s.mu.Lock()
+		in := s.half.enter(newcomer, known)
+		s.mu.Unlock()
+		if !in {
+			newcomer.giveUp()
+			return
+		}
+		all.Go(func() { s.lane(lanes, limited, newcomer, log) })
 	})
 	if err == nil && ctx.Err() == nil && s.draining() { // what was accepted goes on
 		<-ctx.Done()
@@ -143,8 +156,8 @@ func Accept(ctx context.Context, ln net.Listener, log *slog.Logger, f func(net.C
 func (s *Server) listen(ln net.Listener) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.half == nil {
-		s.half, s.from = make(map[net.Conn]string), make(map[string]int)
+	if s.lives == nil {
+		s.half.begin(s.Limits.HalfOpen)
 		s.lives, s.each = make(map[*Live]struct{}), make(map[identity.ID]int)
 		s.lns = make(map[net.Listener]struct{})
 	}
@@ -166,24 +179,24 @@ func (s *Server) draining() bool {
 }
 
 // lane takes one accepted connection to a confirmed channel and serves it until
-// that ends, or ends it with ctx.
-func (s *Server) lane(ctx context.Context, c net.Conn, log *slog.Logger) {
-	limited, cancel := context.WithTimeout(ctx, proveTime)
+// that ends, or ends it with ctx. Until then it has as long as limited.
+func (s *Server) lane(ctx, limited context.Context, newcomer *stranger, log *slog.Logger) {
+	c, cancel := newcomer.Conn, newcomer.cancel
 	p, hops, err := s.preface(limited, c)
 	if err == nil && s.Lane != nil && (p.Kind == channel.KindLane || p.Kind == channel.Carrier) {
 		cancel()
-		s.leave(c)
+		s.leave(newcomer)
 		s.Lane(ctx, p, hops, c)
 		return
 	}
 	var l *Live
 	var opened bool
 	if err == nil {
-		l, opened, err = s.prove(limited, p, hops, c)
+		l, opened, err = s.prove(limited, p, hops, newcomer)
 	}
 	cancel()
 	if err != nil {
-		s.leave(c)
+		s.leave(newcomer)
 		// A stranger's failure is worth a line for whoever looks for it only.
 		log.Debug("a lane did not become a channel", "from", c.RemoteAddr(), "err", err)
 		return
@@ -250,7 +263,8 @@ func (s *Server) preface(ctx context.Context, c net.Conn) (p channel.Preface, ho
 }
 
 // prove lets a stranger show who it is, for as long as ctx.
-func (s *Server) prove(ctx context.Context, p channel.Preface, hops int, c net.Conn) (l *Live, opened bool, err error) {
+func (s *Server) prove(ctx context.Context, p channel.Preface, hops int, who *stranger) (l *Live, opened bool, err error) {
+	c := who.Conn
 	service, ok := s.Services[p.Kind]
 	if !ok {
 		c.Close()
@@ -258,6 +272,10 @@ func (s *Server) prove(ctx context.Context, p channel.Preface, hops int, c net.C
 	}
 	config := service.Config
 	config.Kind = p.Kind
+	config.Turns = &s.turns
+	if !who.many {
+		config.Source = who.from
+	}
 	e, err := channel.RespondAfter(ctx, c, p, &config)
 	if err != nil {
 		return nil, false, err
@@ -268,7 +286,7 @@ func (s *Server) prove(ctx context.Context, p channel.Preface, hops int, c net.C
 	}
 	l = start(e, &config, false, from, s.Limits.Stream, service.Accept, func(l *Live) {
 		l.Hops = hops
-		if err := s.confirmed(c, l); err != nil {
+		if err := s.confirmed(who, l); err != nil {
 			e.Abort(channel.CloseAbuse, err)
 			return
 		}
@@ -292,7 +310,7 @@ var (
 // confirmed moves a lane from those that are half open to the channels, in one
 // step: a confirmed one is never evicted as half open. It returns why there is no
 // room.
-func (s *Server) confirmed(c net.Conn, l *Live) error {
+func (s *Server) confirmed(who *stranger, l *Live) error {
 	limit, each := s.Limits.Channels, s.Limits.ChannelsEach
 	if limit <= 0 {
 		limit = DefaultChannels
@@ -302,7 +320,8 @@ func (s *Server) confirmed(c net.Conn, l *Live) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.leaveLocked(c)
+	s.half.leave(who)
+	s.half.proved(who.from)
 	id := l.Peer().ID()
 	if s.each[id] >= each {
 		return errEach
@@ -339,76 +358,10 @@ func (s *Server) forgetLocked(l *Live) {
 	}
 }
 
-// enter counts c as half open. At the cap one lane of the source that has most
-// of them goes, chosen by chance; never the newcomer, who may be honest.
-func (s *Server) enter(c net.Conn) {
-	from := source(c.RemoteAddr())
-	if s.Many != nil && s.Many(c.RemoteAddr()) {
-		from = c.RemoteAddr().String()
-	}
-	limit := s.Limits.HalfOpen
-	if limit <= 0 {
-		limit = DefaultHalfOpen
-	}
+func (s *Server) leave(who *stranger) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.half) >= limit {
-		most := ""
-		for from, n := range s.from {
-			if n > s.from[most] {
-				most = from
-			}
-		}
-		i := rand.IntN(s.from[most])
-		for old, from := range s.half {
-			if from != most {
-				continue
-			}
-			if i == 0 {
-				s.leaveLocked(old)
-				old.Close()
-				break
-			}
-			i--
-		}
-	}
-	s.half[c] = from
-	s.from[from]++
-}
-
-// source is whom a lane is counted for: an address, of IPv6 its /64, which one
-// host has the whole of.
-func source(a net.Addr) string {
-	if a == nil {
-		return ""
-	}
-	host, _, err := net.SplitHostPort(a.String())
-	if err != nil {
-		return a.String()
-	}
-	if ip, err := netip.ParseAddr(host); err == nil && ip.Is6() && !ip.Is4In6() {
-		prefix, _ := ip.WithZone("").Prefix(64)
-		return prefix.String()
-	}
-	return host
-}
-
-func (s *Server) leave(c net.Conn) {
-	s.mu.Lock()
-	s.leaveLocked(c)
+	s.half.leave(who)
 	s.mu.Unlock()
-}
-
-// leaveLocked takes a lane off those that are half open, once.
-func (s *Server) leaveLocked(c net.Conn) {
-	from, there := s.half[c]
-	if !there {
-		return
-	}
-	delete(s.half, c)
-	if s.from[from]--; s.from[from] == 0 {
-		delete(s.from, from)
-	}
 }
 
 // Drain closes the listeners and tells every channel, also those on their way,

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -63,6 +64,61 @@ func TestTheHalfOpenCapEvictsTheSourceWithMostAndNeverTheNewcomer(t *testing.T) 
 				}
 				if evicted != 1 || closed(w, honest) || closed(w, newcomer) {
 					t.Errorf("evicted %d of the greedy source; honest %v, newcomer %v", evicted, closed(w, honest), closed(w, newcomer))
+				}
+				stop()
+			})
+		})
+	}
+}
+
+// In a crowd each source has a few lanes, so that what is refused costs an accept and a close; somebody
+// who has proved himself before has more, and of many behind one address each has his own.
+func TestInACrowdASourceHasEightLanesAndOneThatIsKnownHasMore(t *testing.T) {
+	const greedy = "10.0.0.66"
+	for _, c := range []struct {
+		name        string
+		crowd       int
+		many        bool
+		known       bool
+		least, most int
+	}{
+		{"in no crowd", 0, false, false, 60, 60},
+		{"in a crowd", 100, false, false, 8, 16}, // by chance one in 128 of those beyond; more than eight of 52 come once in 10^8 times
+		{"in a crowd, known", 100, false, true, 60, 60},
+		{"in a crowd, from where many come", 100, true, false, 60, 60},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			in(t, func(w *town) {
+				s := w.server()
+				s.Limits.HalfOpen = 200
+				s.Many = func(a net.Addr) bool { return c.many && strings.HasPrefix(a.String(), greedy+":") }
+				stop := w.serve(s, "10.0.0.1:1")
+				if c.known {
+					k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "direct", Dial: func(ctx context.Context) (net.Conn, error) {
+						return w.net.From(greedy)(ctx, "mem", "10.0.0.1:1")
+					}}}}
+					stopKeeper := w.run(k.Run)
+					w.echoes(w.open(w.get(k)))
+					stopKeeper()
+				}
+				for i := range c.crowd {
+					w.knock(fmt.Sprintf("10.1.0.%d", 1+i), "10.0.0.1:1")
+				}
+				var lanes []net.Conn
+				for range 60 {
+					lanes = append(lanes, w.knock(greedy, "10.0.0.1:1"))
+				}
+				open := 0
+				for _, lane := range lanes {
+					if !closed(w, lane) {
+						open++
+					}
+				}
+				if open < c.least || open > c.most {
+					t.Errorf("%d lanes of 60, want %d to %d", open, c.least, c.most)
+				}
+				if c := w.knock("10.0.0.7", "10.0.0.1:1"); closed(w, c) {
+					t.Error("a source that comes for the first time is not let in")
 				}
 				stop()
 			})

@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -30,6 +32,17 @@ func TestMain(m *testing.M) {
 		}
 		fmt.Fprintln(os.Stderr, "listening on", s.addr())
 		select {} // until SIGTERM
+	}
+	if setting := os.Getenv(siegeEnv); setting != "" {
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer stop()
+		f, err := pour(ctx, setting)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Fprintf(os.Stderr, "begun %d failed %d\n", f.begun.Load(), f.failed.Load())
+		os.Exit(0)
 	}
 	dir, err := os.MkdirTemp("", "portal-journeys-")
 	if err == nil {

@@ -1,0 +1,274 @@
+package channel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/portal-tunnel/portal/internal/memnet"
+)
+
+// on runs f in a bubble with so many cores.
+func on(t *testing.T, cores int, f func(*testing.T, *Turns)) {
+	old := runtime.GOMAXPROCS(cores)
+	defer runtime.GOMAXPROCS(old)
+	synctest.Test(t, func(t *testing.T) { f(t, new(Turns)) })
+}
+
+// lane is an opening that waits for its turn; close ends it.
+func lane(t *testing.T, ctx context.Context, turns *Turns, source string) (o *opening, end func()) {
+	a, b := memnet.Pipe(memnet.Link{})
+	return &opening{
+		ctx: ctx, deadline: time.Now().Add(time.Hour), lane: a,
+		config: &Config{Turns: turns, Source: source},
+	}, func() { a.Close(); b.Close() }
+}
+
+// spend uses up what strangers may compute at once, by answers of a millisecond.
+func spend(turns *Turns) {
+	turns.begin()
+	turns.spent = strangersBurst * time.Duration(turns.cores)
+	turns.price = time.Millisecond
+}
+
+func brief() error { time.Sleep(time.Millisecond); return nil }
+
+func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
+	for _, of := range []struct {
+		name string
+		run  func(*opening, func() error) error
+	}{{"answers", (*opening).answer}, {"verifications", (*opening).verify}} {
+		t.Run(of.name, func(t *testing.T) {
+			on(t, 6, func(t *testing.T, turns *Turns) {
+				var mu sync.Mutex
+				now, most := 0, 0
+				var all sync.WaitGroup
+				begin := time.Now()
+				for range 30 {
+					all.Go(func() {
+						o, end := lane(t, t.Context(), turns, "")
+						defer end()
+						if err := of.run(o, func() error {
+							mu.Lock()
+							now++
+							most = max(most, now)
+							mu.Unlock()
+							time.Sleep(10 * time.Millisecond)
+							mu.Lock()
+							now--
+							mu.Unlock()
+							return nil
+						}); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				all.Wait()
+				if most != 3 || time.Since(begin) != 100*time.Millisecond {
+					t.Errorf("%d at once, all in %v", most, time.Since(begin))
+				}
+			})
+		})
+	}
+}
+
+// Strangers have half a second of each core and a thirty-second of its time then. Whoever proves
+// himself gives back what he took, and is held up by nobody's number.
+func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
+	const cores, each = 2, 10 * time.Millisecond
+	answers := func(t *testing.T, turns *Turns, proves bool, until time.Duration) (n int) {
+		ctx, cancel := context.WithTimeout(t.Context(), until)
+		defer cancel()
+		for ; ; n++ {
+			o, end := lane(t, ctx, turns, fmt.Sprint("10.0.0.", n))
+			err := o.answer(func() error { time.Sleep(each); return nil })
+			end()
+			if err != nil {
+				return n
+			}
+			if proves {
+				turns.proved(o.config.Source)
+			}
+		}
+	}
+	on(t, cores, func(t *testing.T, turns *Turns) {
+		const lasts = 60 * time.Second
+		n := answers(t, turns, false, lasts)
+		want := int(cores * (strangersBurst + lasts/strangersShare) / each)
+		if n < want-1 || n > want+1 {
+			t.Errorf("%d answers to strangers in %v, want %d", n, lasts, want)
+		}
+	})
+	on(t, cores, func(t *testing.T, turns *Turns) {
+		const lasts = 5 * time.Second
+		n := answers(t, turns, true, lasts)
+		if n < int(lasts/each)-1 {
+			t.Errorf("%d answers to members in %v", n, lasts)
+		}
+		if len(turns.known) != n {
+			t.Errorf("%d sources are known, %d have proved themselves", len(turns.known), n)
+		}
+	})
+}
+
+func TestSourcesTakeTurnsAndThoseThatAreKnownHaveThreeOfFour(t *testing.T) {
+	on(t, 2, func(t *testing.T, turns *Turns) {
+		turns.begin()
+		turns.proved("member")
+		turns.proved("friend")
+		spend(turns)
+		var mu sync.Mutex
+		var order strings.Builder
+		var all sync.WaitGroup
+		for source, n := range map[string]int{"attacker": 12, "b": 2, "member": 7, "friend": 2, "": 2} {
+			for range n {
+				all.Go(func() {
+					o, end := lane(t, t.Context(), turns, source)
+					defer end()
+					o.answer(func() error {
+						mu.Lock()
+						order.WriteString((source + "-")[:1])
+						mu.Unlock()
+						return brief()
+					})
+				})
+			}
+		}
+		synctest.Wait()
+		mu.Lock()
+		if order.Len() != 0 {
+			t.Errorf("computed without an allowance: %s", &order)
+		}
+		mu.Unlock()
+		all.Wait()
+		// Of each four turns three are the known ones', in turn; the others' source with
+		// many lanes has one turn in a round, those that share no name have one each.
+		known, others := 0, ""
+		for _, who := range order.String()[:12] {
+			if strings.ContainsRune("mf", who) {
+				known++
+			} else {
+				others += string(who)
+			}
+		}
+		if known != 9 {
+			t.Errorf("known sources had %d of the first 12 turns: %s", known, &order)
+		}
+		first := strings.Map(func(r rune) rune {
+			if strings.ContainsRune("mf", r) {
+				return -1
+			}
+			return r
+		}, order.String())
+		if n := strings.Count(first[:4], "a"); n != 1 {
+			t.Errorf("the source with most had %d of the others' first 4 turns: %s", n, first)
+		}
+		if n := strings.Count(order.String()[:5], "f"); n == 0 {
+			t.Errorf("a known source waits for another: %s", &order)
+		}
+		if len(turns.sources) != 0 || turns.waiting[0].Len()+turns.waiting[1].Len() != 0 || turns.running != 0 {
+			t.Error("something is left behind")
+		}
+	})
+}
+
+func TestNoMoreSourcesAreRememberedThanTheBound(t *testing.T) {
+	on(t, 2, func(t *testing.T, turns *Turns) {
+		turns.begin()
+		for i := range knownSources + 100 {
+			turns.proved(fmt.Sprint(i))
+		}
+		turns.proved("")
+		if len(turns.known) != knownSources {
+			t.Errorf("%d", len(turns.known))
+		}
+	})
+}
+
+func TestNothingIsComputedForWhoeverIsGoneWhenItsTurnComes(t *testing.T) {
+	for name, end := range map[string]func(lane net.Conn, cancel context.CancelFunc){
+		"the lane was closed to make room": func(lane net.Conn, _ context.CancelFunc) { lane.Close() },
+		"its time is over":                 func(_ net.Conn, cancel context.CancelFunc) { cancel() },
+	} {
+		for of, run := range map[string]func(*opening, func() error) error{"answers": (*opening).answer, "verifications": (*opening).verify} {
+			t.Run(of+" "+name, func(t *testing.T) {
+				on(t, 2, func(t *testing.T, turns *Turns) {
+					holder, close := lane(t, t.Context(), turns, "holder")
+					defer close()
+					held := make(chan struct{})
+					go run(holder, func() error { <-held; return nil })
+					synctest.Wait()
+					ctx, cancel := context.WithCancel(context.Background())
+					defer cancel()
+					o, close := lane(t, ctx, turns, "who is gone")
+					defer close()
+					result := make(chan error, 1)
+					go func() { result <- run(o, func() error { t.Error("it was computed for"); return nil }) }()
+					synctest.Wait()
+					end(o.lane, cancel)
+					synctest.Wait()
+					held <- struct{}{}
+					if err := <-result; err == nil {
+						t.Error("no error")
+					}
+					// Its place is there for the next.
+					next, close := lane(t, t.Context(), turns, "next")
+					defer close()
+					if err := run(next, func() error { return nil }); err != nil {
+						t.Error(err)
+					}
+					if turns.running != 0 || len(turns.lasts) != 0 || len(turns.sources) != 0 {
+						t.Error("something is left behind")
+					}
+				})
+			})
+		}
+	}
+}
+
+// Who waits for the allowance and goes leaves neither a place nor a charge.
+func TestAWaitThatIsGivenUpCostsNothing(t *testing.T) {
+	on(t, 2, func(t *testing.T, turns *Turns) {
+		spend(turns)
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		for range 100 {
+			all.Go(func() {
+				o, end := lane(t, ctx, turns, "10.0.0.1")
+				defer end()
+				if err := o.answer(brief); err == nil {
+					t.Error("no error")
+				}
+			})
+		}
+		synctest.Wait()
+		before := turns.spent
+		cancel()
+		all.Wait()
+		if turns.spent > before || len(turns.sources) != 0 || turns.running != 0 {
+			t.Errorf("spent %v, %v before", turns.spent, before)
+		}
+	})
+}
+
+func TestAnErrorOfTheArithmeticIsTheHandshakes(t *testing.T) {
+	for name, turns := range map[string]*Turns{"with turns": new(Turns), "without": nil} {
+		t.Run(name, func(t *testing.T) {
+			o, end := lane(t, t.Context(), turns, "")
+			defer end()
+			want := errors.New("no")
+			for _, run := range []func(*opening, func() error) error{(*opening).answer, (*opening).verify} {
+				if err := run(o, func() error { return want }); err != want {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,157 @@
+package link
+
+import (
+	"context"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// A stranger is a lane that has not proved itself.
+type stranger struct {
+	net.Conn
+	from   string // whom it is counted for
+	many   bool   // many may come from its address: its turns and tries are its own
+	cancel context.CancelFunc
+}
+
+// giveUp ends the lane, whatever it is at.
+func (s *stranger) giveUp() {
+	s.cancel()
+	if c, ok := s.Conn.(*net.TCPConn); ok {
+		c.SetLinger(0) // nothing was said that could be lost, and nothing is waited for
+	}
+	s.Close()
+}
+
+// strangers are the lanes of a server that are half open, on their way to a confirmed
+// channel. Their owner locks.
+type strangers struct {
+	limit int
+	all   map[*stranger]struct{}
+	from  map[string]map[*stranger]struct{} // the same by source
+	tried map[string]*tries
+}
+
+// tries are the lanes that a source may still have in a crowd. Each lane takes one, and
+// gives it back when it is a channel.
+type tries struct {
+	left  float64
+	at    time.Time // of left
+	known bool
+}
+
+const (
+	// In a crowd, when half of the places are taken, a source has 8 lanes at once and
+	// one more in four seconds, one that has proved itself before 256 and 32 a second. Of
+	// those beyond one in 128 is let in all the same: somebody honest may share the address.
+	triesAtOnce, triesEach           = 8, 0.25 // a second
+	triesKnownAtOnce, triesKnownEach = 256, 32
+	triesBeyond                      = 128
+	// triedSources bounds what is remembered: 4,096 addresses are some 500 KB.
+	triedSources = 4096
+)
+
+func (h *strangers) begin(limit int) {
+	if h.limit = limit; limit <= 0 {
+		h.limit = DefaultHalfOpen
+	}
+	h.all, h.from = make(map[*stranger]struct{}), make(map[string]map[*stranger]struct{})
+	h.tried = make(map[string]*tries)
+}
+
+// enter counts a newcomer, of a source that has proved itself before or has not; false:
+// it has to go. At the cap one lane of the source that has most of them goes, chosen by
+// chance; never the newcomer, who may be honest.
+func (h *strangers) enter(newcomer *stranger, known bool) bool {
+	if !newcomer.many && !h.try(newcomer.from, known) {
+		return false
+	}
+	if len(h.all) >= h.limit {
+		var most map[*stranger]struct{}
+		for _, of := range h.from {
+			if len(of) > len(most) {
+				most = of
+			}
+		}
+		for old := range most { // a map is walked from a place chosen by chance
+			h.leave(old)
+			old.giveUp()
+			break
+		}
+	}
+	h.all[newcomer] = struct{}{}
+	of := h.from[newcomer.from]
+	if of == nil {
+		of = make(map[*stranger]struct{}, 1)
+		h.from[newcomer.from] = of
+	}
+	of[newcomer] = struct{}{}
+	return true
+}
+
+// try takes one of a source's tries; false: it is crowded, and the source has none left.
+func (h *strangers) try(from string, known bool) bool {
+	most, each := float64(triesAtOnce), float64(triesEach)
+	if known {
+		most, each = triesKnownAtOnce, triesKnownEach
+	}
+	now := time.Now()
+	t := h.tried[from]
+	if t == nil {
+		if len(h.tried) >= triedSources {
+			for old := range h.tried {
+				delete(h.tried, old)
+				break
+			}
+		}
+		t = &tries{most, now, known}
+		h.tried[from] = t
+	}
+	if known && !t.known {
+		t.known, t.left = true, t.left+triesKnownAtOnce-triesAtOnce
+	}
+	t.left, t.at = min(t.left+each*max(now.Sub(t.at).Seconds(), 0), most), now
+	if t.left >= 1 {
+		t.left--
+		return true
+	}
+	return len(h.all) < h.limit/2 || rand.IntN(triesBeyond) == 0
+}
+
+// leave takes a lane off, once.
+func (h *strangers) leave(old *stranger) {
+	if _, there := h.all[old]; !there {
+		return
+	}
+	delete(h.all, old)
+	of := h.from[old.from]
+	if delete(of, old); len(of) == 0 {
+		delete(h.from, old.from)
+	}
+}
+
+// proved gives a source a try back.
+func (h *strangers) proved(from string) {
+	if t := h.tried[from]; t != nil {
+		t.left++ // to no more than is allowed; see try
+	}
+}
+
+// source is whom a lane is counted for: an address, of IPv6 its /64, which one
+// host has the whole of.
+func source(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	if ip, err := netip.ParseAddr(host); err == nil && ip.Is6() && !ip.Is4In6() {
+		prefix, _ := ip.WithZone("").Prefix(64)
+		return prefix.String()
+	}
+	return host
+}
