@@ -63,11 +63,15 @@ type sealer struct {
 	budget  atomic.Int32 // payload bytes a buffer should have
 
 	// Owned by the running actor.
-	records    *records
-	spareSlots []slot
-	spareData  []waiting
-	pack       *buffer.Buffer // small frames on their way into one record
-	aged       atomic.Bool
+	records      *records
+	spareSlots   []slot
+	spareData    []waiting
+	pack         *buffer.Buffer   // small frames on their way into one record
+	held         []*buffer.Buffer // sealed, on their way into one write
+	heldPayload  int              // of held
+	quick        int              // how much may go out together
+	vector, rest net.Buffers      // held, for that write
+	aged         atomic.Bool
 }
 
 type slot struct {
@@ -304,7 +308,7 @@ func (s *sealer) tellLocked() {
 func (s *sealer) Budget() int {
 	n := int(s.budget.Load())
 	if s.depth.Load() > 0 {
-		n = min(n, buffer.Shared)
+		n = min(n, max(n/4, buffer.Shared))
 	}
 	return n
 }
@@ -379,35 +383,33 @@ func (s *sealer) write(control []slot, data []waiting) (err error) {
 			s.pack.Release()
 			s.pack = nil
 		}
+		s.release()
 	}()
 	filled := 0             // plaintext bytes of the record being packed
-	flush := func() error { // seals what is packed and writes it
+	flush := func() error { // hands on what is packed
 		if s.pack == nil {
 			return nil
 		}
+		b := s.pack
+		s.pack = nil
 		if filled > 0 {
-			s.pack.Commit(filled)
+			b.Commit(filled)
 			filled = 0
 		}
-		if s.pack.Count() == 0 {
-			return nil
-		}
-		err := s.out(s.pack)
-		s.pack.Reset()
-		return err
+		return s.out(b)
 	}
 	add := func(frames []byte) error {
-		if s.pack == nil {
-			s.pack = buffer.Get(buffer.Record)
-		}
-		if filled+len(frames) > buffer.Shared && filled > 0 {
+		if s.pack != nil && filled > 0 && filled+len(frames) > buffer.Shared {
 			s.pack.Commit(filled)
 			filled = 0
 		}
-		if len(s.pack.Next()) < filled+len(frames) {
+		if s.pack != nil && len(s.pack.Next()) < filled+len(frames) {
 			if err := flush(); err != nil {
 				return err
 			}
+		}
+		if s.pack == nil {
+			s.pack = buffer.Get(buffer.Record)
 		}
 		filled += copy(s.pack.Next()[filled:], frames)
 		return nil
@@ -427,6 +429,7 @@ func (s *sealer) write(control []slot, data []waiting) (err error) {
 		default:
 			if err = flush(); err == nil {
 				err = s.out(b)
+				continue
 			}
 		}
 		b.Release()
@@ -434,32 +437,78 @@ func (s *sealer) write(control []slot, data []waiting) (err error) {
 	if err == nil {
 		err = flush()
 	}
+	if err == nil {
+		err = s.push()
+	}
 	return err
 }
 
-// out seals every record of b in place and writes them all at once.
+// out seals every record of b in place and owns it. What is sealed goes out together,
+// in one write, at the end of the round or when it is as much as the lane has lately
+// taken quickly: whoever closes or waits must see that a slow one goes on.
 func (s *sealer) out(b *buffer.Buffer) error {
+	s.held = append(s.held, b)
 	if err := b.Records(s.records.seal); err != nil {
 		return err
 	}
-	large := b.Payload() > buffer.Shared
-	var start time.Time
-	if large {
-		start = time.Now()
-	}
-	if _, err := s.lane.Write(b.Bytes()); err != nil {
-		return fmt.Errorf("%w: %w", ErrCut, err)
-	}
-	s.writes.Add(1)
-	if large {
-		s.pace(b.Payload(), time.Since(start))
+	s.heldPayload += b.Payload()
+	if s.heldPayload >= s.quick {
+		return s.push()
 	}
 	return nil
 }
 
+// push writes what is sealed, in the order in which it was sealed.
+func (s *sealer) push() (err error) {
+	n := s.heldPayload
+	large := n > buffer.Shared
+	var start time.Time
+	if large {
+		start = time.Now()
+	}
+	switch len(s.held) {
+	case 0:
+		return nil
+	case 1:
+		_, err = s.lane.Write(s.held[0].Bytes())
+	default:
+		for _, b := range s.held {
+			s.vector = append(s.vector, b.Bytes())
+		}
+		s.rest = s.vector
+		_, err = s.rest.WriteTo(s.lane) // of a socket one writev(2)
+		clear(s.vector)
+		s.vector, s.rest = s.vector[:0], nil
+	}
+	s.release()
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrCut, err)
+	}
+	s.writes.Add(1)
+	if large {
+		s.pace(n, time.Since(start))
+	}
+	return nil
+}
+
+// release gives back what is sealed and written, or never will be.
+func (s *sealer) release() {
+	for i, b := range s.held {
+		b.Release()
+		s.held[i] = nil
+	}
+	s.held, s.heldPayload = s.held[:0], 0
+}
+
 // pace halves the budget when a full buffer took long and doubles it when one
-// went quickly.
+// went quickly; likewise what goes out together.
 func (s *sealer) pace(n int, took time.Duration) {
+	switch {
+	case took > slowWrite:
+		s.quick = 0
+	case took < slowWrite/4:
+		s.quick = min(max(s.quick, 2*n), buffer.Batch)
+	}
 	now := int(s.budget.Load())
 	switch {
 	case took > slowWrite && now > buffer.Shared:

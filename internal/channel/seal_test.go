@@ -297,8 +297,14 @@ func TestBudgetFollowsTheLane(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _, x := blocked(t)
 		check(t, a.send(new(buffer.Queue), []byte("somebody else")))
-		if n := a.end.Budget(); n != buffer.Shared {
-			t.Errorf("while others wait the budget is %d", n)
+		if n := a.end.Budget(); n != buffer.Bulk {
+			t.Errorf("while others wait the budget of a fast lane is %d", n)
+		}
+		for slow := buffer.Batch / 2; slow >= buffer.Shared; slow /= 2 {
+			a.end.budget.Store(int32(slow))
+			if n := a.end.Budget(); n != max(slow/4, buffer.Shared) {
+				t.Errorf("while others wait the budget of a lane that takes %d is %d", slow, n)
+			}
 		}
 		x.Resume()
 		synctest.Wait()
