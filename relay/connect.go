@@ -233,7 +233,15 @@ func (p *passage) remote(key poolKey, want identity.ID, brief bool) {
 	}
 	s.log.Info("a lane is joined", "name", p.name, "caller", p.asker.Peer(), "outlet", far.member.key.id)
 	err = join(ctx, caller, other)
-	s.log.Info("a lane has ended", "name", p.name, "caller", p.asker.Peer(), "reason", err)
+	s.log.Info("a lane has ended", "name", p.name, "caller", p.asker.Peer(), "reason", orderly(err))
+}
+
+// orderly is why something ended, for a log.
+func orderly(err error) any {
+	if err == nil {
+		return "in good order"
+	}
+	return err
 }
 
 func (p *passage) failed(side string, err error) {

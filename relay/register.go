@@ -89,7 +89,7 @@ func (s *Server) register(l *link.Live, in *stream.Incoming) {
 	}
 	s.all.Go(func() {
 		err := r.serve(ctx, in, body.carrier)
-		s.log.Info("a registration ended", "name", name, "peer", l.Peer(), "reason", err)
+		s.log.Info("a registration ended", "name", name, "peer", l.Peer(), "reason", orderly(err))
 		held.Release()
 		cancel(nil)
 		s.release(m, &m.registrations)

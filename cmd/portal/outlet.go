@@ -19,19 +19,20 @@ import (
 )
 
 type outletOptions struct {
-	member      memberOptions
-	name        string
-	to          string
-	command     []string // in place of to: one process a stream
-	allow       []string
-	listen      []string
-	relay       []string
-	carrier     string
-	label       []string
-	streams     int
-	dials       int
-	dialTimeout time.Duration
-	grace       time.Duration
+	member       memberOptions
+	name         string
+	to           string
+	command      []string // in place of to: one process a stream
+	allow        []string
+	listen       []string
+	relay        []string
+	carrier      string
+	carrierGiven bool
+	label        []string
+	streams      int
+	dials        int
+	dialTimeout  time.Duration
+	grace        time.Duration
 }
 
 // outletPlan is what the options say, checked; nothing has been done yet.
@@ -97,6 +98,9 @@ func (o outletOptions) plan() (*outletPlan, error) {
 	}
 	if p.ports, err = parseListens("listen", o.listen, false); err != nil {
 		return nil, err
+	}
+	if p.carrierGiven && len(p.relays) == 0 && len(p.ports) > 0 { // where it listens, the membership's relays are not asked
+		return nil, fail(codeUsage, "--relay ID@HOST:PORT, or no --carrier", "outlet %s: --carrier is how lanes come from a relay, and there is none", p.name)
 	}
 	if p.labels, err = attributes("label", o.label); err != nil {
 		return nil, err
