@@ -181,7 +181,8 @@ func TestUnreadStreamStallsOnlyItself(t *testing.T) {
 	rate, worst := run(t, false)
 	stalledRate, stalledWorst := run(t, true)
 	t.Logf("%.1f MB/s, p99 %v; beside a stalled stream %.1f MB/s, p99 %v", float64(rate)/1e6, worst, float64(stalledRate)/1e6, stalledWorst)
-	if stalledRate*10 < rate*9 {
+	// More than the line carries is what was under way when the measurement began.
+	if stalledRate*10 < min(rate, gigabit)*9 {
 		t.Errorf("neighbours get %.1f MB/s beside a stalled stream, %.1f without", float64(stalledRate)/1e6, float64(rate)/1e6)
 	}
 	if stalledWorst > 2*worst {
