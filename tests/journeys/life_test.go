@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -19,15 +20,24 @@ import (
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
-// free is an address of loopback where nobody listens.
+// ports is the last that free gave. They begin at 20,000: kernels take those of outgoing connections from
+// 32,768 up (49,152 elsewhere), and one of those taken in the meantime keeps others from listening.
+var ports atomic.Int32
+
+// free is an address of loopback where nobody listens, on a port that is given once.
 func free(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 10_000 {
+		port := 20_000 + (os.Getpid()+int(ports.Add(1)))%10_000
+		ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port)) // on every interface, as some will
+		if err != nil {
+			continue
+		}
+		ln.Close()
+		return fmt.Sprintf("127.0.0.1:%d", port)
 	}
-	defer ln.Close()
-	return ln.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 func TestAConnectionThatComesBeforeTheOutletIsHeldAndThenServed(t *testing.T) {
