@@ -320,8 +320,7 @@ func (s *Server) confirmed(who *stranger, l *Live) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.half.leave(who)
-	s.half.proved(who.from)
+	s.half.proved(who)
 	id := l.Peer().ID()
 	if s.each[id] >= each {
 		return errEach

@@ -126,6 +126,23 @@ func TestInACrowdASourceHasEightLanesAndOneThatIsKnownHasMore(t *testing.T) {
 	}
 }
 
+// What becomes a channel is not counted, with a credential or without: an authority is shown none.
+func TestInACrowdWhatBecomesAChannelIsNotCounted(t *testing.T) {
+	in(t, func(w *town) {
+		s := w.server()
+		s.Limits.HalfOpen = 200
+		proofless(s, 0)
+		stop := w.serve(s, "10.0.0.1:1")
+		for i := range 100 {
+			w.knock(fmt.Sprintf("10.1.0.%d", 1+i), "10.0.0.1:1")
+		}
+		for range 40 {
+			w.called(w.stranger(), "10.0.0.1:1").Close(nil)
+		}
+		stop()
+	})
+}
+
 func TestAnHonestCallerGetsInPastManySilentOnes(t *testing.T) {
 	in(t, func(w *town) {
 		s := w.server()

@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/portal-tunnel/portal/internal/stream"
 )
 
 // A stranger is a lane that has not proved itself.
@@ -16,13 +18,10 @@ type stranger struct {
 	cancel context.CancelFunc
 }
 
-// giveUp ends the lane, whatever it is at.
+// giveUp ends the lane, whatever it is at: by a reset, which waits for nothing.
 func (s *stranger) giveUp() {
 	s.cancel()
-	if c, ok := s.Conn.(*net.TCPConn); ok {
-		c.SetLinger(0) // nothing was said that could be lost, and nothing is waited for
-	}
-	s.Close()
+	stream.Abort(s.Conn)
 }
 
 // strangers are the lanes of a server that are half open, on their way to a confirmed
@@ -34,12 +33,11 @@ type strangers struct {
 	tried map[string]*tries
 }
 
-// tries are the lanes that a source may still have in a crowd. Each lane takes one, and
-// gives it back when it is a channel.
+// tries are the lanes that a source has had lately: they are forgotten at a rate, and
+// those that have become channels at once.
 type tries struct {
-	left  float64
-	at    time.Time // of left
-	known bool
+	had float64
+	at  time.Time // of had
 }
 
 const (
@@ -91,7 +89,8 @@ func (h *strangers) enter(newcomer *stranger, known bool) bool {
 	return true
 }
 
-// try takes one of a source's tries; false: it is crowded, and the source has none left.
+// try counts one more lane of a source; false: it is crowded, and the source has had its
+// share.
 func (h *strangers) try(from string, known bool) bool {
 	most, each := float64(triesAtOnce), float64(triesEach)
 	if known {
@@ -106,15 +105,12 @@ func (h *strangers) try(from string, known bool) bool {
 				break
 			}
 		}
-		t = &tries{most, now, known}
+		t = &tries{at: now}
 		h.tried[from] = t
 	}
-	if known && !t.known {
-		t.known, t.left = true, t.left+triesKnownAtOnce-triesAtOnce
-	}
-	t.left, t.at = min(t.left+each*max(now.Sub(t.at).Seconds(), 0), most), now
-	if t.left >= 1 {
-		t.left--
+	t.had, t.at = max(t.had-each*max(now.Sub(t.at).Seconds(), 0), 0), now
+	if t.had+1 <= most {
+		t.had++
 		return true
 	}
 	return len(h.all) < h.limit/2 || rand.IntN(triesBeyond) == 0
@@ -132,10 +128,11 @@ func (h *strangers) leave(old *stranger) {
 	}
 }
 
-// proved gives a source a try back.
-func (h *strangers) proved(from string) {
-	if t := h.tried[from]; t != nil {
-		t.left++ // to no more than is allowed; see try
+// proved takes off a lane that is a confirmed channel now.
+func (h *strangers) proved(who *stranger) {
+	h.leave(who)
+	if t := h.tried[who.from]; t != nil && !who.many {
+		t.had--
 	}
 }
 
