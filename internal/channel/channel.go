@@ -4,7 +4,8 @@
 // In the order in which bytes meet it: the preface (preface.go), three
 // handshake messages (handshake.go), one confirmation record each way
 // (channel.go), then records of frames until an authenticated close (record.go,
-// seal.go, open.go). SPEC.md describes every byte.
+// seal.go, open.go). SPEC.md describes every byte. Of a flood of first messages
+// Turns says which are answered, and when (turns.go).
 //
 // A missing, repeated, swapped or altered record ends the channel. So does any
 // other error: nothing is tried again on the same lane.

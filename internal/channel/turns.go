@@ -17,12 +17,12 @@ import (
 // Answers to message 1 have half of the cores at most. For strangers they have an
 // allowance: half a second of each core at once, then a thirty-second of its time. Whoever
 // proves himself gives back what his answer took, so that members are never held up
-// by their number. Those that wait take turns by source, sources that have proved
-// themselves before three times as often as all others together; each that is on its
-// way has its turn.
+// by their number; towards an authority nobody shows a credential, and all are
+// strangers. Those that wait take turns by source, sources that have proved themselves
+// before three times as often as all others together.
 type Turns struct {
+	once    sync.Once // of begin
 	mu      sync.Mutex
-	begun   bool
 	cores   int
 	running int           // answers that are computed now
 	spent   time.Duration // of the allowance
@@ -30,7 +30,7 @@ type Turns struct {
 	price   time.Duration // of an answer: the least that one has taken; others had the core in the rest of a longer one
 	turn    uint          // how many there have been
 	// Who waits: sources in the order of their turns, those that are known apart.
-	waiting [2]*list.List            // of *source
+	waiting [2]list.List             // of *source
 	sources map[string]*list.Element // in waiting; those without a name are not in it
 	known   map[string]struct{}      // sources that have proved themselves
 	wake    *time.Timer              // for when the allowance has room; nil while nobody waits for it
@@ -60,24 +60,21 @@ type waiter struct {
 }
 
 func (t *Turns) begin() {
-	if t.begun {
-		return
-	}
-	t.begun = true
-	t.cores = runtime.GOMAXPROCS(0)
-	t.at = time.Now()
-	t.waiting = [2]*list.List{list.New(), list.New()}
-	t.sources, t.known = make(map[string]*list.Element), make(map[string]struct{})
-	t.lasts = make(chan struct{}, t.half())
+	t.once.Do(func() {
+		t.cores = runtime.GOMAXPROCS(0)
+		t.at = time.Now()
+		t.sources, t.known = make(map[string]*list.Element), make(map[string]struct{})
+		t.lasts = make(chan struct{}, t.half())
+	})
 }
 
 func (t *Turns) half() int { return max(t.cores/2, 1) }
 
 // first waits for the turn of one more answer for a source; "" is one that shares its
-// name with nobody. The caller ends what it began by done, also with no error.
+// name with nobody. Without an error the caller ends it by done.
 func (t *Turns) first(ctx context.Context, name string) error {
-	t.mu.Lock()
 	t.begin()
+	t.mu.Lock()
 	w := &waiter{ready: make(chan struct{})}
 	t.enter(w, name)
 	t.next()
@@ -202,8 +199,8 @@ func (t *Turns) proved(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.spent -= t.price
+	t.next()
 	if _, known := t.known[name]; name == "" || known {
-		t.next()
 		return
 	}
 	if len(t.known) >= knownSources {
@@ -213,7 +210,6 @@ func (t *Turns) proved(name string) {
 		}
 	}
 	t.known[name] = struct{}{}
-	t.next()
 }
 
 // Known reports whether a source has proved itself before.
@@ -251,9 +247,7 @@ func (o *opening) verify(f func() error) error {
 	if t == nil {
 		return o.compute(f)
 	}
-	t.mu.Lock()
 	t.begin()
-	t.mu.Unlock()
 	select {
 	case t.lasts <- struct{}{}:
 		defer func() { <-t.lasts }()

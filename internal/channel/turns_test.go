@@ -38,7 +38,10 @@ func spend(turns *Turns) {
 	turns.price = time.Millisecond
 }
 
-func brief() error { time.Sleep(time.Millisecond); return nil }
+// takes is arithmetic that takes d, of a bubble's time.
+func takes(d time.Duration) func() error {
+	return func() error { <-time.After(d); return nil }
+}
 
 func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
 	for _, of := range []struct {
@@ -60,11 +63,11 @@ func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
 							now++
 							most = max(most, now)
 							mu.Unlock()
-							time.Sleep(10 * time.Millisecond)
+							err := takes(10 * time.Millisecond)()
 							mu.Lock()
 							now--
 							mu.Unlock()
-							return nil
+							return err
 						}); err != nil {
 							t.Error(err)
 						}
@@ -88,7 +91,7 @@ func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
 		defer cancel()
 		for ; ; n++ {
 			o, end := lane(t, ctx, turns, fmt.Sprint("10.0.0.", n))
-			err := o.answer(func() error { time.Sleep(each); return nil })
+			err := o.answer(takes(each))
 			end()
 			if err != nil {
 				return n
@@ -136,7 +139,7 @@ func TestSourcesTakeTurnsAndThoseThatAreKnownHaveThreeOfFour(t *testing.T) {
 						mu.Lock()
 						order.WriteString((source + "-")[:1])
 						mu.Unlock()
-						return brief()
+						return takes(time.Millisecond)()
 					})
 				})
 			}
@@ -175,6 +178,32 @@ func TestSourcesTakeTurnsAndThoseThatAreKnownHaveThreeOfFour(t *testing.T) {
 		}
 		if len(turns.sources) != 0 || turns.waiting[0].Len()+turns.waiting[1].Len() != 0 || turns.running != 0 {
 			t.Error("something is left behind")
+		}
+	})
+}
+
+// Who sends a message that fails at once would else make all answers cheap, and the allowance large.
+func TestAMessageThatFailsDoesNotLowerThePrice(t *testing.T) {
+	on(t, 2, func(t *testing.T, turns *Turns) {
+		bad := errors.New("bad")
+		for _, c := range []struct {
+			takes time.Duration
+			err   error
+			price time.Duration
+		}{
+			{3 * time.Millisecond, nil, 3 * time.Millisecond},
+			{time.Microsecond, bad, 3 * time.Millisecond},
+			{5 * time.Millisecond, nil, 3 * time.Millisecond},
+			{2 * time.Millisecond, nil, 2 * time.Millisecond},
+		} {
+			o, end := lane(t, t.Context(), turns, "")
+			if err := o.answer(func() error { takes(c.takes)(); return c.err }); err != c.err {
+				t.Error(err)
+			}
+			end()
+			if turns.price != c.price {
+				t.Errorf("after one of %v, %v: the price is %v, want %v", c.takes, c.err, turns.price, c.price)
+			}
 		}
 	})
 }
@@ -243,7 +272,7 @@ func TestAWaitThatIsGivenUpCostsNothing(t *testing.T) {
 			all.Go(func() {
 				o, end := lane(t, ctx, turns, "10.0.0.1")
 				defer end()
-				if err := o.answer(brief); err == nil {
+				if err := o.answer(takes(time.Millisecond)); err == nil {
 					t.Error("no error")
 				}
 			})

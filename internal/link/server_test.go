@@ -139,6 +139,16 @@ func TestInACrowdWhatBecomesAChannelIsNotCounted(t *testing.T) {
 		for range 40 {
 			w.called(w.stranger(), "10.0.0.1:1").Close(nil)
 		}
+		// Which makes nobody known: anybody can make identities.
+		open := 0
+		for range 60 {
+			if c := w.knock("10.0.0.1", "10.0.0.1:1"); !closed(w, c) {
+				open++
+			}
+		}
+		if open > 16 {
+			t.Errorf("a source that has shown no credential has %d lanes in a crowd", open)
+		}
 		stop()
 	})
 }
