@@ -214,6 +214,7 @@ func (t *Turns) proved(name string) {
 
 // Known reports whether a source has proved itself before.
 func (t *Turns) Known(name string) bool {
+	t.begin()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	_, known := t.known[name]

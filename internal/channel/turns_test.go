@@ -43,6 +43,28 @@ func takes(d time.Duration) func() error {
 	return func() error { <-time.After(d); return nil }
 }
 
+// The accepting goroutine asks before, while and after the first lane begins.
+func TestWhoIsKnownMayBeAskedAtAnyTime(t *testing.T) {
+	on(t, 2, func(t *testing.T, turns *Turns) {
+		var both sync.WaitGroup
+		both.Go(func() {
+			if turns.Known("a") {
+				t.Error("nobody has proved himself yet")
+			}
+		})
+		both.Go(func() {
+			o, end := lane(t, t.Context(), turns, "a")
+			defer end()
+			check(t, o.answer(takes(time.Millisecond)))
+			turns.proved("b")
+		})
+		both.Wait()
+		if !turns.Known("b") {
+			t.Error("who has proved himself is not known")
+		}
+	})
+}
+
 func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
 	for _, of := range []struct {
 		name string
