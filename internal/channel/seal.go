@@ -445,16 +445,20 @@ func (s *sealer) write(control []slot, data []waiting) (err error) {
 
 // out seals every record of b in place and owns it. What is sealed goes out together,
 // in one write, at the end of the round or when it is as much as the lane has lately
-// taken quickly: whoever closes or waits must see that a slow one goes on.
+// taken quickly, and no more than a batch: whoever closes or waits must see that a slow
+// one goes on.
 func (s *sealer) out(b *buffer.Buffer) error {
+	if n := s.heldPayload; n > 0 && n+b.Payload() > s.quick {
+		if err := s.push(); err != nil {
+			b.Release()
+			return err
+		}
+	}
 	s.held = append(s.held, b)
 	if err := b.Records(s.records.seal); err != nil {
 		return err
 	}
 	s.heldPayload += b.Payload()
-	if s.heldPayload >= s.quick {
-		return s.push()
-	}
 	return nil
 }
 

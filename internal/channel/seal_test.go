@@ -240,6 +240,39 @@ func TestSmallFramesShareAWrite(t *testing.T) {
 	})
 }
 
+func TestSealedBuffersGoOutTogetherAsFarAsTheLaneIsQuick(t *testing.T) {
+	for _, of := range []struct {
+		name                string
+		quick, count, bytes int
+		writes              int64
+	}{
+		{"all of them", buffer.Batch, 8, 8 << 10, 1},
+		{"each on its own", 0, 8, 8 << 10, 8},
+		{"a batch at most", buffer.Batch, 9, 50 << 10, 3},
+	} {
+		t.Run(of.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, b, _, _ := open(t, memnet.Link{})
+				synctest.Wait()
+				for range of.count {
+					check(t, a.end.Post(new(buffer.Queue), frameOf(make([]byte, of.bytes))))
+				}
+				a.end.quick = of.quick
+				before := a.end.writes.Load()
+				a.end.Flush()
+				synctest.Wait()
+				if n := a.end.writes.Load() - before; n != of.writes {
+					t.Errorf("%d writes of %d buffers, not %d", n, of.count, of.writes)
+				}
+				if n := len(b.got.all()); n != of.count {
+					t.Errorf("%d of %d frames arrived", n, of.count)
+				}
+				a.leave()
+			})
+		})
+	}
+}
+
 func TestAsyncSenderNeverSitsInAWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _, x, _ := open(t, memnet.Link{Buffer: 1 << 10})
