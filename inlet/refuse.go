@@ -181,7 +181,7 @@ func streamCode(err error) (code stream.Code, local bool) {
 
 const (
 	refuseTime = 5 * time.Second
-	refuseBody = 64 << 20         // of a refused request, read for as long; prompts with pictures in them have some MiB
+	refuseBody = 64 << 20         // how much of a refused request's body is read, within refuseTime; one with pictures has some MiB
 	headTime   = 30 * time.Second // from a head's first byte to its last; what servers allow
 	maxHead    = 64 << 10         // a request's head; what browsers and proxies allow
 	maxHosts   = 4                // a request's Host lines and its target's host; one or two, and a server refuses two lines

@@ -72,6 +72,7 @@ type Server struct {
 	mu    sync.Mutex
 	turns channel.Turns
 	half  strangers
+	sieve sieve
 	lives map[*Live]struct{}
 	each  map[identity.ID]int // lives by peer
 	lns   map[net.Listener]struct{}
@@ -89,8 +90,9 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	if !s.listen(ln) {
 		ln.Close()
 	}
+	s.sieve.open(ln, digTCP(ln), log)
 	defer s.unlisten(ln)
-	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	stop := context.AfterFunc(ctx, func() { s.close(ln) })
 	defer stop()
 	lanes, end := context.WithCancel(ctx)
 	var all sync.WaitGroup
@@ -109,8 +111,11 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		}
 		known := !newcomer.many && s.turns.Known(newcomer.from)
 		s.mu.Lock()
-		in := s.half.enter(newcomer, known)
+		in, bar := s.half.enter(newcomer, known)
 		s.mu.Unlock()
+		if bar {
+			s.sieve.bar(newcomer.from)
+		}
 		if !in {
 			newcomer.giveUp()
 			return
@@ -165,8 +170,14 @@ func (s *Server) listen(ln net.Listener) bool {
 	return !s.away
 }
 
-func (s *Server) unlisten(ln net.Listener) {
+// close closes ln, and first what is before it: nobody falls where nobody listens.
+func (s *Server) close(ln net.Listener) {
+	s.sieve.shut(ln)
 	ln.Close()
+}
+
+func (s *Server) unlisten(ln net.Listener) {
+	s.close(ln)
 	s.mu.Lock()
 	delete(s.lns, ln)
 	s.mu.Unlock()
@@ -369,7 +380,7 @@ func (s *Server) Drain() {
 	s.mu.Lock()
 	s.away = true
 	for ln := range s.lns {
-		ln.Close()
+		s.close(ln)
 	}
 	s.mu.Unlock()
 	for _, l := range s.Lives() {

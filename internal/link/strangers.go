@@ -36,8 +36,9 @@ type strangers struct {
 // tries are the lanes that a source has had lately: they are forgotten at a rate, and
 // those that have become channels at once.
 type tries struct {
-	had float64
-	at  time.Time // of had
+	had    float64
+	beyond float64   // what a crowd had no room for
+	at     time.Time // of both
 }
 
 const (
@@ -47,6 +48,8 @@ const (
 	triesAtOnce, triesEach           = 8, 0.25 // a second
 	triesKnownAtOnce, triesKnownEach = 256, 32
 	triesBeyond                      = 128
+	// A source that is not known has its packets dropped after so many beyond.
+	triesBarred = 8
 	// triedSources bounds what is remembered: 4,096 addresses are some 500 KB.
 	triedSources = 4096
 )
@@ -59,12 +62,15 @@ func (h *strangers) begin(limit int) {
 	h.tried = make(map[string]*tries)
 }
 
-// enter counts a newcomer, of a source that has proved itself before or has not; false:
-// it has to go. At the cap one lane of the source that has most of them goes, chosen by
-// chance; never the newcomer, who may be honest.
-func (h *strangers) enter(newcomer *stranger, known bool) bool {
-	if !newcomer.many && !h.try(newcomer.from, known) {
-		return false
+// enter counts a newcomer, of a source that has proved itself before or has not; not in:
+// it has to go, and bar: what comes from its source is best not accepted at all. At the
+// cap one lane of the source that has most of them goes, chosen by chance; never the
+// newcomer, who may be honest.
+func (h *strangers) enter(newcomer *stranger, known bool) (in, bar bool) {
+	if !newcomer.many {
+		if in, bar = h.try(newcomer.from, known); !in {
+			return in, bar
+		}
 	}
 	if len(h.all) >= h.limit {
 		var most map[*stranger]struct{}
@@ -86,12 +92,12 @@ func (h *strangers) enter(newcomer *stranger, known bool) bool {
 		h.from[newcomer.from] = of
 	}
 	of[newcomer] = struct{}{}
-	return true
+	return true, bar
 }
 
-// try counts one more lane of a source; false: it is crowded, and the source has had its
-// share.
-func (h *strangers) try(from string, known bool) bool {
+// try counts one more lane of a source; not in: it is crowded, and the source has had its
+// share, and bar: many times over.
+func (h *strangers) try(from string, known bool) (in, bar bool) {
 	most, each := float64(triesAtOnce), float64(triesEach)
 	if known {
 		most, each = triesKnownAtOnce, triesKnownEach
@@ -108,12 +114,17 @@ func (h *strangers) try(from string, known bool) bool {
 		t = &tries{at: now}
 		h.tried[from] = t
 	}
-	t.had, t.at = max(t.had-each*max(now.Sub(t.at).Seconds(), 0), 0), now
+	forgotten := each * max(now.Sub(t.at).Seconds(), 0)
+	t.had, t.beyond, t.at = max(t.had-forgotten, 0), max(t.beyond-forgotten, 0), now
 	if t.had+1 <= most {
 		t.had++
-		return true
+		return true, false
 	}
-	return len(h.all) < h.limit/2 || rand.IntN(triesBeyond) == 0
+	if len(h.all) < h.limit/2 {
+		return true, false
+	}
+	t.beyond++
+	return rand.IntN(triesBeyond) == 0, !known && t.beyond >= triesBarred
 }
 
 // leave takes a lane off, once.

@@ -36,12 +36,12 @@ func TestMain(m *testing.M) {
 	if setting := os.Getenv(siegeEnv); setting != "" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
-		f, err := pour(ctx, setting)
+		s, err := pour(ctx, setting)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
-		fmt.Fprintf(os.Stderr, "begun %d failed %d\n", f.begun.Load(), f.failed.Load())
+		fmt.Fprintf(os.Stderr, "begun %d refused %d\n", s.begun.Load(), s.refused.Load())
 		os.Exit(0)
 	}
 	dir, err := os.MkdirTemp("", "portal-journeys-")

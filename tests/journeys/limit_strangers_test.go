@@ -247,10 +247,8 @@ type siege struct {
 	sources int
 	rate    float64 // a second
 
-	begun, failed atomic.Int64
-	mu            sync.Mutex
-	conns         map[net.Conn]struct{} // that were not given up yet
-	attackers     sync.WaitGroup
+	begun, refused atomic.Int64 // refused are those of begun that never were a connection
+	attackers      sync.WaitGroup
 }
 
 // siegeEnv makes this program a siege in a process of its own: its address, sources, rate, and in hex
@@ -259,7 +257,7 @@ const siegeEnv = "JOURNEYS_SIEGE"
 
 // besiege is this program as a siege until SIGTERM; see TestMain. Where cores is not empty, it has those
 // alone.
-func besiege(t testing.TB, cores, addr string, first []byte, sources int, rate float64) (end func() (begun, failed int64)) {
+func besiege(t testing.TB, cores, addr string, first []byte, sources int, rate float64) (end func() (begun, refused int64)) {
 	t.Helper()
 	line := []string{os.Args[0]}
 	if cores != "" {
@@ -272,67 +270,57 @@ func besiege(t testing.TB, cores, addr string, first []byte, sources int, rate f
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.Stop(patience) })
-	return func() (begun, failed int64) {
+	return func() (begun, refused int64) {
 		t.Helper()
 		p.Stop(patience)
-		m, err := p.Line(t.Context(), regexp.MustCompile(`^begun (\d+) failed (\d+)$`))
+		m, err := p.Line(t.Context(), regexp.MustCompile(`^begun (\d+) refused (\d+)$`))
 		if err == nil {
-			_, err = fmt.Sscan(m[1]+" "+m[2], &begun, &failed)
+			_, err = fmt.Sscan(m[1]+" "+m[2], &begun, &refused)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		return begun, failed
+		return begun, refused
 	}
 }
 
 // pour is the siege that a setting says, until ctx ends.
 func pour(ctx context.Context, setting string) (*siege, error) {
-	f := &siege{conns: make(map[net.Conn]struct{})}
-	if _, err := fmt.Sscanf(setting, "%s %d %g %x", &f.addr, &f.sources, &f.rate, &f.first); err != nil {
+	s := new(siege)
+	if _, err := fmt.Sscanf(setting, "%s %d %g %x", &s.addr, &s.sources, &s.rate, &s.first); err != nil {
 		return nil, fmt.Errorf("%s: %w", siegeEnv, err)
 	}
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for start := time.Now(); ctx.Err() == nil; {
-		for ctx.Err() == nil && float64(f.begun.Load()+f.failed.Load()) < time.Since(start).Seconds()*f.rate {
-			f.begin(ctx)
+		for ctx.Err() == nil && float64(s.begun.Load()) < time.Since(start).Seconds()*s.rate {
+			from := fmt.Sprintf("127.0.1.%d", 1+s.begun.Add(1)%int64(s.sources))
+			s.attackers.Go(func() { s.begin(ctx, from) })
 		}
 		select {
 		case <-ctx.Done():
 		case <-tick.C:
 		}
 	}
-	f.mu.Lock()
-	for c := range f.conns {
-		c.Close()
-	}
-	f.mu.Unlock()
-	f.attackers.Wait()
-	return f, nil
+	s.attackers.Wait()
+	return s, nil
 }
 
-// begin begins one.
-func (f *siege) begin(ctx context.Context) {
-	c, err := knock(ctx, fmt.Sprintf("127.0.1.%d", 1+f.begun.Load()%int64(f.sources)), f.addr)
-	if err == nil {
-		_, err = c.Write(f.first)
-	}
+// begin begins one, and waits until it is given up: for the connection no longer than a second, after
+// which the kernel would only ask again.
+func (s *siege) begin(ctx context.Context, from string) {
+	limited, cancel := context.WithTimeout(ctx, time.Second)
+	c, err := knock(limited, from, s.addr)
+	cancel()
 	if err != nil {
-		f.failed.Add(1)
+		s.refused.Add(1)
 		return
 	}
-	f.begun.Add(1)
-	f.mu.Lock()
-	f.conns[c] = struct{}{}
-	f.mu.Unlock()
-	f.attackers.Go(func() {
-		io.Copy(io.Discard, c) // until it is given up
-		c.Close()
-		f.mu.Lock()
-		delete(f.conns, c)
-		f.mu.Unlock()
-	})
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	if _, err := c.Write(s.first); err == nil {
+		io.Copy(io.Discard, c)
+	}
 }
 
 // sink takes connections, as many as may be half open, and gives up the oldest for the next.
@@ -414,7 +402,7 @@ func TestAFloodOfHandshakesTakesItsShareOnly(t *testing.T) {
 func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate float64, lasts time.Duration) {
 	open := dial(t, w.addr, []byte("E"))
 	// pace is how often a second the stream goes back and forth, while somebody visits.
-	pace := func(d door, lasts time.Duration) (pace float64, visits []time.Duration) {
+	pace := func(lasts time.Duration) (pace float64, visits []time.Duration) {
 		stop := make(chan struct{})
 		result := make(chan error, 1)
 		go func() {
@@ -437,12 +425,12 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 		return pace, visits
 	}
 	first := message1(t, d.kind)
-	usual, _ := pace(d, lasts/4)
+	usual, _ := pace(lasts / 4)
 	before, files := rss(t, d.p), settled(t, d.p, 0)
 	// What is left of the pace when somebody else on this machine gets the flood, who does no more
 	// than to take connections and to give them up.
 	end := besiege(t, cores, sink(t), first, sources, rate)
-	beside, _ := pace(d, lasts/4)
+	beside, _ := pace(lasts / 4)
 	end()
 
 	end = besiege(t, cores, d.addr, first, sources, rate)
@@ -460,21 +448,23 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 		}
 	}()
 	worked := spent(t, d.p)
-	during, took := pace(d, lasts)
+	during, took := pace(lasts)
 	worked = spent(t, d.p) - worked
 	close(stop)
 	<-watched
-	begun, failed := end()
-	settled(t, d.p, files+1)
+	begun, refused := end()
+	again, _ := pace(lasts / 4) // a machine is not as fast as it was a minute ago
+	usual = (usual + again) / 2
+	settled(t, d.p, files+2) // the visitor's, and the pit that barred sources fall into
 	if held > files+link.DefaultHalfOpen+50 {
 		t.Errorf("%d descriptors, %d before", held, files)
 	}
-	t.Logf("%d handshakes begun in %v (%d could not): %d descriptors at most, %d before; memory %.1f MiB at most, %.1f before; %.2f of a core; visits meanwhile %s; an open stream at %.0f %% of its pace, %.0f %% when others on the machine have the flood",
-		begun, lasts, failed, held, files, mib(most), mib(before), worked.Seconds()/lasts.Seconds(), spread(took), 100*during/usual, 100*beside/usual)
-	// What is not less than this is what the kernel takes to connect and to close, which the comparison
-	// pays as well; it has been 0.90 to 1.15, and 0.15 to 0.65 before strangers had an allowance.
-	if cores != "" && during < 0.75*beside {
-		t.Errorf("an open stream has %.2f of the pace that it has beside a flood elsewhere", during/beside)
+	t.Logf("%d handshakes begun in %v (%d were no connection): %d descriptors at most, %d before; memory %.1f MiB at most, %.1f before; %.2f of a core; visits meanwhile %s; an open stream at %.0f %% of its pace, %.0f %% when others on the machine have the flood",
+		begun, lasts, refused, held, files, mib(most), mib(before), worked.Seconds()/lasts.Seconds(), spread(took), 100*during/usual, 100*beside/usual)
+	// It has been 0.91 to 1.03; 0.64 to 0.94 while each of them was accepted and closed, and 0.13 to
+	// 0.58 while each was answered. One minute is not like the next by a tenth.
+	if cores != "" && during < 0.8*usual {
+		t.Errorf("an open stream has %.2f of its pace", during/usual)
 	}
 	// Live are some 11 KiB each, 6 MiB of all; the rest is the collector's.
 	if most-before > 16<<20 {
