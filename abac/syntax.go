@@ -15,17 +15,17 @@ import (
 // Limits on the text of policies, checked before cedar-go parses it: its parser,
 // its folding and its evaluation recurse.
 const (
-	maxSource = 64 << 10 // bytes of a file: some hundred policies
+	maxSource = 64 << 10 // bytes of a file, comments and blanks included
 	maxShort  = 8 << 10  // bytes of an expression: what fits on a command line
-	// A token costs some 600 bytes while it is parsed, however short it is. People's have four bytes
-	// each, blanks included: 64 KiB of policies hold some 16,000. An expression has a few dozen, or
-	// a set of some hundred: less than 1 MiB.
-	maxSourceTokens = 20_000
+	// A token costs 300 to 500 bytes while it is parsed, however short it is: no text costs more than
+	// 1 MiB. Policies have some 30, so that a file holds some 80; whoever has more has several files.
+	// An expression has a few dozen, or a set of some hundred.
+	maxSourceTokens = 2_400
 	maxShortTokens  = 1_250
 	maxDepth        = 32 // open brackets and ifs; people write 3 or 4
 	// Chains such as a && b && c are parsed by a loop but into a tree as deep as
-	// the chain is long. 1,024 a policy keeps its depth a small part of a stack.
-	maxOperators = 1024
+	// the chain is long. 512 a policy keeps its depth a small part of a stack.
+	maxOperators = 512
 	// The parser copies A::B::C once for each part. Types here have one.
 	maxParts = 8
 	maxID    = 128 // bytes of an @id: it is told to peers
@@ -118,8 +118,7 @@ type text struct {
 
 // scan cuts src into tokens and enforces every limit; limit is of its bytes. `x has
 // a.b` is parsed into a tree that holds x twice, so nesting it doubles the tree each
-// time, at some 60 bytes a token: the tokens after such copies are at most as many as
-// the bytes may be.
+// time: tokens are counted as often as they are copied, and the parts of a pattern too.
 func scan(name, src string, limit, tokens int) (*text, error) {
 	t := &text{name: name, src: src}
 	if len(src) > limit {
@@ -136,7 +135,7 @@ func scan(name, src string, limit, tokens int) (*text, error) {
 	if err := t.cut(tokens); err != nil {
 		return nil, err
 	}
-	if err := t.measure(limit); err != nil {
+	if err := t.measure(tokens); err != nil {
 		return nil, err
 	}
 	return t, nil
@@ -148,12 +147,35 @@ func isWord(c byte, first bool) bool {
 
 func isDigit(c byte) bool { return '0' <= c && c <= '9' }
 
-// cut fills list, which holds at most limit and the end. Cedar's tokens: comments to the end of the line or between
-// /* and */, texts that end on their line, identifiers, integers, operators.
+// cut fills list, which holds at most limit and the end. It reads the text twice, since a
+// list that grows takes three times as much.
 func (t *text) cut(limit int) error {
+	n := 0
+	for i := 0; ; n++ {
+		tok, next, err := t.next(i)
+		if err != nil {
+			return err
+		}
+		if tok.kind == end {
+			break
+		}
+		if i = next; n == limit {
+			return t.fail(tok, fmt.Sprintf("it has more than %d words and signs", limit), "divide it into several files, each given by an @FILE of its own: any permit of them permits, and each forbid forbids")
+		}
+	}
+	t.list = make([]token, 0, n+1)
+	for i := 0; len(t.list) <= n; {
+		tok, next, _ := t.next(i)
+		t.list, i = append(t.list, tok), next
+	}
+	return nil
+}
+
+// next is the token at i or behind it, and where it ends. Cedar's tokens: comments to the end of the
+// line or between /* and */, texts that end on their line, identifiers, integers, operators.
+func (t *text) next(i int) (tok token, after int, err error) {
 	s := t.src
-	t.list = make([]token, 0, min(limit, len(s)/4)+1) // what people write; growing takes three times as much
-	for i := 0; i < len(s); {
+	for i < len(s) {
 		start, c := i, s[i]
 		k := op
 		switch {
@@ -170,7 +192,7 @@ func (t *text) cut(limit int) error {
 		case strings.HasPrefix(s[i:], "/*"):
 			n := strings.Index(s[i+2:], "*/")
 			if n < 0 {
-				return t.fail(token{off: i}, "this comment is never closed", "end it with */")
+				return tok, i, t.fail(token{off: i}, "this comment is never closed", "end it with */")
 			}
 			i += n + 4
 			continue
@@ -179,9 +201,9 @@ func (t *text) cut(limit int) error {
 			for i++; ; i++ {
 				if i >= len(s) || s[i] == '\n' {
 					if start > 0 && s[start-1] == '\\' {
-						return t.fail(token{off: start - 1}, noBackslash, backslashHint)
+						return tok, i, t.fail(token{off: start - 1}, noBackslash, backslashHint)
 					}
-					return t.fail(token{off: start}, "this text is never closed", `the closing " is missing on this line`)
+					return tok, i, t.fail(token{off: start}, "this text is never closed", `the closing " is missing on this line`)
 				}
 				if s[i] == '"' {
 					i++
@@ -209,13 +231,9 @@ func (t *text) cut(limit int) error {
 			}
 			i += n
 		}
-		if len(t.list) == limit {
-			return t.fail(token{off: start}, fmt.Sprintf("it has more than %d words and signs", limit), "")
-		}
-		t.list = append(t.list, token{k, start, s[start:i]})
+		return token{k, start, s[start:i]}, i, nil
 	}
-	t.list = append(t.list, token{end, len(s), ""})
-	return nil
+	return token{end, len(s), ""}, len(s), nil
 }
 
 // operator returns the length of the operator that s begins with; 0 if none.
@@ -282,7 +300,7 @@ func (t *text) measure(expanded int) error {
 			}
 		}
 		switch tok.text {
-		case "&&", "||", "+", "-", "*", "!", ".", "::", "[":
+		case "&&", "||", "+", "-", "*", "!", ".", "[":
 			operators++
 		}
 		switch {
@@ -292,7 +310,8 @@ func (t *text) measure(expanded int) error {
 			parts = 0
 		}
 		if tok.kind == str && i > 0 && t.list[i-1].text == "like" {
-			operators += strings.Count(tok.text, "*") // each is a part of the pattern
+			n := strings.Count(tok.text, "*") // each is a part of the pattern
+			operators, levels[len(levels)-1].operand = operators+n, levels[len(levels)-1].operand+n
 		}
 		switch l := levels[len(levels)-1]; {
 		case len(levels)-1+ifs > maxDepth:
@@ -302,7 +321,7 @@ func (t *text) measure(expanded int) error {
 		case parts > maxParts:
 			return t.fail(tok, fmt.Sprintf("a name has more than %d parts", maxParts), "")
 		case before+l.sum+l.operand > expanded:
-			return t.fail(tok, "this is too large: `has` with dots repeats what is before it", "write && between simpler conditions")
+			return t.fail(tok, fmt.Sprintf("it stands for more than %d words and signs", expanded), "`has` with dots repeats what is before it, and each * of a pattern counts: write && between simpler conditions, or divide the file")
 		}
 	}
 	if len(levels) > 1 {

@@ -3,7 +3,7 @@ package abac
 import (
 	"errors"
 	"fmt"
-	"runtime"
+	"sort"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -247,7 +247,7 @@ func TestCaretStandsBelowThePlace(t *testing.T) {
 		}
 	}
 
-	_, err := Short("open", "x", strings.Repeat("true && ", 300)+"x == 1"+strings.Repeat(" && true", 300))
+	_, err := Short("open", "x", strings.Repeat("true && ", 200)+"x == 1"+strings.Repeat(" && true", 200))
 	lines := strings.Split(err.Error(), "\n")
 	if at := utf8.RuneCountInString(lines[2]) - 1; len(lines[1]) > 200 || []rune(lines[1])[at] != 'x' {
 		t.Errorf("%v", err)
@@ -294,11 +294,11 @@ func TestTextsBeyondTheLimitsAreRefusedBeforeParsing(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := Parse("p", []byte(rep("permit(principal, action, resource) when { principal.a && !principal.b };\n", 800))); err != nil {
+	if _, err := Parse("p", []byte(rep("permit(principal, action, resource) when { principal.a && !principal.b };\n", 100))); err != nil {
 		t.Error(err)
 	}
 	// What one policy may grow to, some hundred in one file may not.
-	doubling := "permit(principal, action, resource) when { " + rep("(", 8) + "principal" + rep(" has a.b)", 8) + " };\n"
+	doubling := "permit(principal, action, resource) when { " + rep("(", 6) + "principal" + rep(" has a.b)", 6) + " };\n"
 	if _, err := Parse("p", []byte(doubling)); err != nil {
 		t.Error(err)
 	}
@@ -403,26 +403,44 @@ func TestALyingPolicyAllocatesLittle(t *testing.T) {
 	}
 	alloc.Hostile(t, func(b []byte) { Short("open", "orders-db", string(b)) }, short...)
 
+	// The costliest that a file may hold of each kind, whether it is accepted in the end or not.
 	rep := strings.Repeat
 	one := `permit(principal, action == Action::"open", resource == Name::"db") when { `
-	for name, src := range map[string]string{
-		"signs":    rep(",", maxSource),
-		"unknown":  rep("\x01", maxSource),
-		"smallest": rep("permit(principal,action,resource);", maxSource/34),
-		"doubling": rep(one+rep("(", 10)+"principal"+rep(" has a.b)", 10)+" };", 250),
-		"chains":   rep(one+"true"+rep("&&true", 900)+"};", 10),
-		"parts":    one + "principal in Node" + rep("::"+rep("a", 60), 1000) + `::"a"};`,
-		"pattern":  one + `principal.a like "` + rep("*a", 30000) + `"};`,
-		"a set":    one + `["` + rep(`a","`, 9900) + `"].contains(principal.role)};`,
+	for name, of := range map[string]struct{ before, unit, after string }{
+		"signs":       {"", ",", ""},
+		"unknown":     {"", "\x01", ""},
+		"smallest":    {"", "permit(principal,action,resource);", ""},
+		"rules":       {"", one + `principal.role == "agent" };` + "\n", ""},
+		"annotations": {"", `@id("a")@b("c")permit(principal,action,resource);`, ""},
+		"has":         {"", one + `principal has role && principal has team && principal.team like "a*b" };`, ""},
+		"doubling":    {"", one + rep("(", 6) + "principal" + rep(" has a.b)", 6) + " };", ""},
+		"a chain":     {one + "true", "&&true", "};"},
+		"chains":      {"", one + "true" + rep("&&true", 400) + "};", ""},
+		"comparisons": {"", one + "1<2" + rep("&&1<2", 200) + "};", ""},
+		"a set":       {one + `["a"`, `,"a"`, `].contains(principal.role)};`},
+		"sets":        {"", one + `[[[1],[2]],[[3],[4]]].contains(principal.role)};`, ""},
+		"records":     {"", one + `{a:{b:1},c:{d:2}} == {a:principal,b:context}};`, ""},
+		"long texts":  {"", one + `{a:{b:"` + rep(`\u{1F600}`, 100) + `"},c:{d:2}} == {a:principal,b:context}};`, ""},
+		"members":     {one + "principal in [", `Node::"P` + rep("A", 52) + `",`, `principal]};`},
+		"ifs":         {"", one + rep("if true then true else ", 20) + "true};", ""},
+		"calls":       {"", one + `ip("10.0.0.1").isInRange(ip("10.0.0.0/8")) && decimal("1.0").lessThan(decimal("2.0"))};`, ""},
+		"a pattern":   {one + `principal.a like "`, "*a", `"};`},
+		"patterns":    {"", one + `principal.a like "` + rep("*a", 400) + `"};`, ""},
+		"texts":       {"", one + `principal.a == "` + rep(`\u{1F600}`, 60) + `"};`, ""},
+		"parts":       {one, `principal in Node` + rep("::"+rep("a", 60), 8) + `::"a" && `, "true};"},
 	} {
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		_, err := Parse("p.cedar", []byte(src))
-		runtime.ReadMemStats(&after)
-		n := after.TotalAlloc - before.TotalAlloc
-		t.Logf("%s: %d bytes, %v", name, n, err == nil)
-		if n > 16<<20 {
-			t.Errorf("%s: %d bytes were allocated for %d", name, n, len(src))
+		n := 1 + sort.Search(maxSource, func(n int) bool {
+			_, err := scan("p", of.before+rep(of.unit, n+1)+of.after, maxSource, maxSourceTokens)
+			return err != nil
+		})
+		for _, n := range []int{n - 1, n, 10 * n} {
+			src := []byte(of.before + rep(of.unit, min(n, maxSource/len(of.unit))) + of.after)
+			var err error
+			spent := alloc.Spent(func() { _, err = Parse("p.cedar", src) })
+			t.Logf("%s, %d times, %d bytes: %d bytes, %v", name, n, len(src), spent, err == nil)
+			if spent > alloc.Limit {
+				t.Errorf("%s: %d bytes were allocated for %d", name, spent, len(src))
+			}
 		}
 	}
 }

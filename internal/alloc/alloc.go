@@ -30,6 +30,13 @@ func Bound(t testing.TB, input int) func() {
 	}
 }
 
+// Spent is how many bytes were allocated while f ran.
+func Spent(f func()) uint64 {
+	before := allocated()
+	f()
+	return allocated() - before
+}
+
 // allocated is how many bytes have been allocated in all, also those that are free again.
 func allocated() uint64 {
 	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
