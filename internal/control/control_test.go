@@ -111,6 +111,7 @@ func TestMalformedAndLongRequestsAreAnsweredAndForgotten(t *testing.T) {
 		"empty":   nil,
 		"no json": []byte("hello"),
 		"unnamed": []byte(`{"params":1}`),
+		"of HTTP": []byte("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 28\r\n\r\n" + `{"method":"echo","params":1}`),
 		"long":    bytes.Repeat([]byte("x"), maxMessage+100),
 	} {
 		c, err := net.Dial("unix", path)
