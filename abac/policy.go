@@ -151,7 +151,7 @@ func (rs inOrder) All() iter.Seq2[cedar.PolicyID, *cedar.Policy] {
 }
 
 // Parse reads whole policies, as a file holds them; name is that file's, for
-// errors and ids. Errors are of type [*SyntaxError]. At most 64 KiB and 2,400 words and signs; a text
+// errors and ids. Errors are of type [*SyntaxError]. At most 64 KiB and 2,000 words and signs; a text
 // without a policy is an error, since it is more often half a file than a wish
 // to deny all.
 //

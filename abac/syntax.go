@@ -17,10 +17,10 @@ import (
 const (
 	maxSource = 64 << 10 // bytes of a file, comments and blanks included
 	maxShort  = 8 << 10  // bytes of an expression: what fits on a command line
-	// A token costs 300 to 500 bytes while it is parsed, however short it is: no text costs more than
-	// 1 MiB. Policies have some 30, so that a file holds some 80; whoever has more has several files.
+	// A token costs 300 to 450 bytes while it is parsed, however short it is: no text costs more than
+	// 1 MiB. Policies have some 30, so that a file holds some 60; whoever has more has several files.
 	// An expression has a few dozen, or a set of some hundred.
-	maxSourceTokens = 2_400
+	maxSourceTokens = 2_000
 	maxShortTokens  = 1_250
 	maxDepth        = 32 // open brackets and ifs; people write 3 or 4
 	// Chains such as a && b && c are parsed by a loop but into a tree as deep as
@@ -160,7 +160,7 @@ func (t *text) cut(limit int) error {
 			break
 		}
 		if i = next; n == limit {
-			return t.fail(tok, fmt.Sprintf("it has more than %d words and signs", limit), "divide it into several files, each given by an @FILE of its own: any permit of them permits, and each forbid forbids")
+			return t.fail(tok, fmt.Sprintf("it has more than %d words and signs", limit), "give several, each of its own: any permit of them permits, and each forbid forbids")
 		}
 	}
 	t.list = make([]token, 0, n+1)
@@ -265,7 +265,9 @@ func (t *text) measure(expanded int) error {
 	before := 0 // the size of the policies before this one
 	for i, tok := range t.list {
 		l := &levels[len(levels)-1]
-		l.operand++
+		if tok.kind != end {
+			l.operand++
+		}
 		switch tok.text {
 		case "(", "[", "{":
 			levels = append(levels, level{open: tok})
@@ -321,7 +323,7 @@ func (t *text) measure(expanded int) error {
 		case parts > maxParts:
 			return t.fail(tok, fmt.Sprintf("a name has more than %d parts", maxParts), "")
 		case before+l.sum+l.operand > expanded:
-			return t.fail(tok, fmt.Sprintf("it stands for more than %d words and signs", expanded), "`has` with dots repeats what is before it, and each * of a pattern counts: write && between simpler conditions, or divide the file")
+			return t.fail(tok, fmt.Sprintf("it stands for more than %d words and signs", expanded), "`has` with dots repeats what is before it, and each * of a pattern counts: write && between simpler conditions")
 		}
 	}
 	if len(levels) > 1 {

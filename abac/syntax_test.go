@@ -394,8 +394,6 @@ func FuzzDecide(f *testing.F) {
 	})
 }
 
-// An expression costs less than the bound. A file is its operator's own, and costs 8 MiB when it is 64 KiB of
-// ordinary policies: more than the bound, but nothing in it may cost much more than that.
 func TestALyingPolicyAllocatesLittle(t *testing.T) {
 	short := [][]byte{[]byte(strings.Repeat("(", 8) + "principal" + strings.Repeat(" has a.b)", 8))}
 	for _, s := range seeds {
@@ -403,7 +401,8 @@ func TestALyingPolicyAllocatesLittle(t *testing.T) {
 	}
 	alloc.Hostile(t, func(b []byte) { Short("open", "orders-db", string(b)) }, short...)
 
-	// The costliest that a file may hold of each kind, whether it is accepted in the end or not.
+	// The costliest that a file may hold of each kind, whether it is accepted in the end or not. A # is a
+	// number, another each time.
 	rep := strings.Repeat
 	one := `permit(principal, action == Action::"open", resource == Name::"db") when { `
 	for name, of := range map[string]struct{ before, unit, after string }{
@@ -420,21 +419,37 @@ func TestALyingPolicyAllocatesLittle(t *testing.T) {
 		"a set":       {one + `["a"`, `,"a"`, `].contains(principal.role)};`},
 		"sets":        {"", one + `[[[1],[2]],[[3],[4]]].contains(principal.role)};`, ""},
 		"records":     {"", one + `{a:{b:1},c:{d:2}} == {a:principal,b:context}};`, ""},
-		"long texts":  {"", one + `{a:{b:"` + rep(`\u{1F600}`, 100) + `"},c:{d:2}} == {a:principal,b:context}};`, ""},
+		"long texts":  {"", one + `{a:{b:"` + rep(`\u{1F600}`, 150) + `"},c:{d:2}} == {a:principal,b:context}};`, ""},
 		"members":     {one + "principal in [", `Node::"P` + rep("A", 52) + `",`, `principal]};`},
 		"ifs":         {"", one + rep("if true then true else ", 20) + "true};", ""},
 		"calls":       {"", one + `ip("10.0.0.1").isInRange(ip("10.0.0.0/8")) && decimal("1.0").lessThan(decimal("2.0"))};`, ""},
 		"a pattern":   {one + `principal.a like "`, "*a", `"};`},
 		"patterns":    {"", one + `principal.a like "` + rep("*a", 400) + `"};`, ""},
 		"texts":       {"", one + `principal.a == "` + rep(`\u{1F600}`, 60) + `"};`, ""},
-		"parts":       {one, `principal in Node` + rep("::"+rep("a", 60), 8) + `::"a" && `, "true};"},
+		"parts":       {one, `principal in Node` + rep("::"+rep("a", 60), maxParts-1) + `::"a" && `, "true};"},
+		"shortest":    {"", `permit(principal,action,resource)when{principal has a};`, ""},
+		"two clauses": {"", `permit(principal,action,resource)when{1==1}unless{1==2};`, ""},
+		"bare":        {"@a", "@a#", "permit(principal,action,resource);"},
+		"a record":    {one + "{a:1", ",a#:1", "}.a==1};"},
+		"actions":     {"", `permit(principal,action in [Action::"open",Action::"open"],resource);`, ""},
 	} {
-		n := 1 + sort.Search(maxSource, func(n int) bool {
-			_, err := scan("p", of.before+rep(of.unit, n+1)+of.after, maxSource, maxSourceTokens)
+		times := func(n int) string {
+			var b strings.Builder
+			b.WriteString(of.before)
+			for i := range n {
+				b.WriteString(strings.ReplaceAll(of.unit, "#", fmt.Sprint(i)))
+			}
+			return b.String() + of.after
+		}
+		n := sort.Search(maxSource/len(of.unit), func(n int) bool {
+			_, err := scan("p", times(n+1), maxSource, maxSourceTokens)
 			return err != nil
 		})
-		for _, n := range []int{n - 1, n, 10 * n} {
-			src := []byte(of.before + rep(of.unit, min(n, maxSource/len(of.unit))) + of.after)
+		if n == 0 {
+			t.Errorf("%s: not even one is read", name)
+		}
+		for _, n := range []int{n, n + 1, min(10*n, maxSource/len(of.unit))} {
+			src := []byte(times(n))
 			var err error
 			spent := alloc.Spent(func() { _, err = Parse("p.cedar", src) })
 			t.Logf("%s, %d times, %d bytes: %d bytes, %v", name, n, len(src), spent, err == nil)

@@ -4,6 +4,7 @@ package alloc
 
 import (
 	"flag"
+	"runtime"
 	"runtime/metrics"
 	"testing"
 )
@@ -30,11 +31,13 @@ func Bound(t testing.TB, input int) func() {
 	}
 }
 
-// Spent is how many bytes were allocated while f ran.
+// Spent is how many bytes were allocated while f ran, exactly: it stops the world twice.
 func Spent(f func()) uint64 {
-	before := allocated()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
 	f()
-	return allocated() - before
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
 }
 
 // allocated is how many bytes have been allocated in all, also those that are free again.
