@@ -122,6 +122,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		}
 		all.Go(func() { s.lane(lanes, limited, newcomer, log) })
 	})
+	s.close(ln)                                         // whoever closed it, and whatever goes on
 	if err == nil && ctx.Err() == nil && s.draining() { // what was accepted goes on
 		<-ctx.Done()
 	}
@@ -297,6 +298,9 @@ func (s *Server) prove(ctx context.Context, p channel.Preface, hops int, who *st
 	}
 	l = start(e, &config, false, from, s.Limits.Stream, service.Accept, func(l *Live) {
 		l.Hops = hops
+		if !who.many && l.Peer().Credential() != nil {
+			s.sieve.pardon(who.from)
+		}
 		if err := s.confirmed(who, l); err != nil {
 			e.Abort(channel.CloseAbuse, err)
 			return

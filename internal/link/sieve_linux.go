@@ -2,6 +2,8 @@ package link
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -31,7 +33,11 @@ func digTCP(ln net.Listener) func(net.Listener) (pit, error) {
 		if err != nil {
 			return nil, err
 		}
-		return newTarpit(raw)
+		p, err := newTarpit(raw)
+		if err != nil {
+			return nil, err // and no pit that is a nil
+		}
+		return p, nil
 	}
 }
 
@@ -39,6 +45,13 @@ func newTarpit(raw syscall.RawConn) (_ *tarpit, err error) {
 	var at unix.Sockaddr
 	only := 0
 	if e := raw.Control(func(fd uintptr) {
+		var shared int
+		if shared, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT); shared != 0 || err != nil {
+			if err == nil {
+				err = errors.New("others listen at it too")
+			}
+			return // which of them is first is not known here
+		}
 		if at, err = unix.Getsockname(int(fd)); err != nil {
 			return
 		}
@@ -47,13 +60,14 @@ func newTarpit(raw syscall.RawConn) (_ *tarpit, err error) {
 				return
 			}
 		}
-		// From now on a process of the same user may share the address, if it asks to.
+		// From now on, until the listener is closed, a socket of the same user may share
+		// the address, if it asks to.
 		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 	}); e != nil {
 		err = e
 	}
 	if err != nil {
-		return nil, os.NewSyscallError("share the listener's address", err)
+		return nil, fmt.Errorf("sharing the listener's address: %w", err)
 	}
 	p := &tarpit{raw, -1}
 	defer func() {
@@ -92,7 +106,20 @@ func newTarpit(raw syscall.RawConn) (_ *tarpit, err error) {
 	if err = p.steer(nil); err != nil {
 		return nil, err
 	}
+	p.rescue()
 	return p, nil
+}
+
+// rescue resets whoever came into the pit before it had a program, so that he comes again.
+func (p *tarpit) rescue() {
+	for {
+		fd, _, err := unix.Accept4(p.fd, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+		if err != nil {
+			return
+		}
+		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		unix.Close(fd)
+	}
 }
 
 // The listener came first, the pit second.

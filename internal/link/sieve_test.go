@@ -84,7 +84,7 @@ func TestBarredSourcesFallForThirtySeconds(t *testing.T) {
 		if len(*all) != 2 || (*all)[1].closed {
 			t.Error("there is none for who is barred next")
 		}
-		if n := strings.Count(log.String(), "kept out"); n != 2 {
+		if n := strings.Count(log.String(), "handshakes without end"); n != 2 || strings.Count(log.String(), "any more") != 1 {
 			t.Errorf("of two times the log has %d:\n%s", n, log)
 		}
 	})
@@ -131,24 +131,110 @@ func TestOfTooManySourcesTheLastAreNotBarred(t *testing.T) {
 	})
 }
 
-func TestAKernelThatRefusesIsNotAskedAgain(t *testing.T) {
-	for name, fail := range map[string]*trace{"to dig": nil, "to steer": {fail: errors.New("not here")}} {
+func TestAKernelThatRefusesIsAskedAgainLater(t *testing.T) {
+	refusal := errors.New("not now")
+	for name, p := range map[string]*trace{"to dig": nil, "to steer": {fail: refusal}} {
 		t.Run(name, func(t *testing.T) {
-			sieved(t, func(s *sieve, ln net.Listener, all *[]*trace, log *bytes.Buffer) {
-				asked := 0
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				s, ln, asked := new(sieve), &nowhere{}, 0
+				refuses := true
 				s.open(ln, func(net.Listener) (pit, error) {
 					asked++
-					if fail == nil {
-						return nil, errors.New("not here")
+					if p == nil && refuses {
+						return nil, refusal
 					}
-					return fail, nil
-				}, s.log)
-				for range 3 {
-					s.bar("10.0.0.1")
+					if p == nil {
+						p = new(trace)
+					}
+					return p, nil
+				}, slog.New(slog.NewTextHandler(&log, nil)))
+				for i := range int(digAgain / time.Second) {
+					s.bar(fmt.Sprintf("10.0.0.%d", i))
 					s.later(time.Second)
 				}
-				if asked != 1 || fail != nil && (!fail.closed || len(fail.told) != 1) || strings.Contains(log.String(), "kept out") {
-					t.Errorf("it was asked %d times, %+v; the log: %s", asked, fail, log)
+				if asked != 1 || p != nil && (!p.closed || len(p.told) != 1) || log.Len() > 0 {
+					t.Errorf("it was asked %d times, %+v; the log: %s", asked, p, &log)
+				}
+				refuses = false
+				if p != nil {
+					p.fail, p.closed = nil, false
+				}
+				s.bar("10.0.0.1")
+				s.later(time.Second)
+				if asked != 2 || p == nil || p.closed {
+					t.Errorf("then it was asked %d times, %+v", asked, p)
+				}
+				s.shut(ln)
+			})
+		})
+	}
+}
+
+func TestWhoHasProvedItselfIsLetIn(t *testing.T) {
+	sieved(t, func(s *sieve, _ net.Listener, all *[]*trace, _ *bytes.Buffer) {
+		s.bar("10.0.0.1")
+		s.bar("10.0.0.2")
+		s.later(siftEvery)
+		s.pardon("10.0.0.1")
+		s.pardon("10.0.0.3")
+		s.later(siftEvery)
+		if told := (*all)[0].told; len(told) != 2 || fmt.Sprint(told[1]) != "[10.0.0.2/32]" {
+			t.Errorf("the kernel was told %v", told)
+		}
+		s.pardon("10.0.0.2")
+		s.later(siftEvery)
+		if !(*all)[0].closed {
+			t.Error("there is a pit for nobody")
+		}
+	})
+}
+
+// The kernel compares as much of an address as a source has.
+func TestOnlyWhatTheKernelCanTellApartIsBarred(t *testing.T) {
+	for from, want := range map[string]string{
+		"10.0.0.1": "10.0.0.1/32", "::ffff:10.0.0.1": "10.0.0.1/32", "2001:db8:0:1::/64": "2001:db8:0:1::/64",
+		"": "", "memory": "", "fe80::1": "", "fe80::1%eth0": "", "2001:db8::/32": "", "10.0.0.0/8": "",
+	} {
+		p, ok := barrable(from)
+		if ok != (want != "") || ok && p.String() != want {
+			t.Errorf("%q: %v, %v", from, p, ok)
+		}
+	}
+}
+
+func TestAStrangerIsBarredBeyondEightBeyondItsShareInACrowdOnly(t *testing.T) {
+	for _, c := range []struct {
+		name               string
+		crowd, known, many bool
+		first              int // the try that bars it; 0: none
+	}{
+		{"in a crowd", true, false, false, triesAtOnce + triesBarred},
+		{"in no crowd", false, false, false, 0},
+		{"known", true, true, false, 0},
+		{"where many come from", true, false, true, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var h strangers
+				h.begin(200)
+				if c.crowd {
+					for i := range 100 {
+						h.enter(&stranger{from: fmt.Sprint(i), many: true}, false)
+					}
+				}
+				first := 0
+				for i := range triesKnownAtOnce + 50 {
+					// One in 128 is let in beyond, and would evict another.
+					who := &stranger{from: "10.0.0.1", many: c.many}
+					_, bar := h.enter(who, c.known)
+					h.leave(who)
+					if bar && first == 0 {
+						first = i + 1
+					}
+				}
+				if first != c.first {
+					t.Errorf("it is barred by try %d, not %d", first, c.first)
 				}
 			})
 		})

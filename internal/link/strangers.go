@@ -148,7 +148,7 @@ func (h *strangers) proved(who *stranger) {
 }
 
 // source is whom a lane is counted for: an address, of IPv6 its /64, which one
-// host has the whole of.
+// host may have the whole of; but of all neighbours on a link each has an address.
 func source(a net.Addr) string {
 	if a == nil {
 		return ""
@@ -157,7 +157,7 @@ func source(a net.Addr) string {
 	if err != nil {
 		return a.String()
 	}
-	if ip, err := netip.ParseAddr(host); err == nil && ip.Is6() && !ip.Is4In6() {
+	if ip, err := netip.ParseAddr(host); err == nil && ip.Is6() && !ip.Is4In6() && !ip.IsLinkLocalUnicast() {
 		prefix, _ := ip.WithZone("").Prefix(64)
 		return prefix.String()
 	}

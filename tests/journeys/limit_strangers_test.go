@@ -456,6 +456,9 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 	again, _ := pace(lasts / 4) // a machine is not as fast as it was a minute ago
 	usual = (usual + again) / 2
 	settled(t, d.p, files+2) // the visitor's, and the pit that barred sources fall into
+	if runtime.GOOS == "linux" && sources == 1 && refused < begun/2 {
+		t.Errorf("%d of %d handshakes of one source had a connection", begun-refused, begun)
+	}
 	if held > files+link.DefaultHalfOpen+50 {
 		t.Errorf("%d descriptors, %d before", held, files)
 	}
