@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
+	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/urfave/cli/v2"
@@ -65,6 +69,9 @@ func (o pingOptions) ask(ctx context.Context, s *session, command string, tell f
 		return a, err
 	}
 	p := &prober{pingOptions: o, server: way.inlet(o.name, m, s.log)}
+	for _, path := range p.server.Paths {
+		p.ways = append(p.ways, path.Name)
+	}
 	if tell != nil {
 		p.tell = func(state inlet.State) { tell(t, state) }
 	}
@@ -81,7 +88,7 @@ func (o pingOptions) ask(ctx context.Context, s *session, command string, tell f
 
 // runPing asks an outlet once, and prints the way hop by hop.
 func runPing(ctx context.Context, s *session, o pingOptions) error {
-	p, err := o.ask(ctx, s, "ping", nil)
+	p, err := o.ask(ctx, s, "ping", untilReady(ctx))
 	if err != nil {
 		return err
 	}
@@ -157,15 +164,20 @@ func (r *route) reached(s *session, m *member, err error) {
 	}
 }
 
+// untilReady says once what is waited for, as it changes.
+func untilReady(ctx context.Context) func(*teller, inlet.State) {
+	return func(t *teller, state inlet.State) {
+		if state.Kind == link.Waiting && state.Err != nil && ctx.Err() == nil {
+			t.waiting(state.Err, state.Next)
+		}
+	}
+}
+
 // runWait returns when an outlet lets this member in, with --target when its target
 // answers too: for scripts. What it waits for is said once.
 func runWait(ctx context.Context, s *session, o pingOptions) error {
 	o.patient = true
-	p, err := o.ask(ctx, s, "wait", func(t *teller, state inlet.State) {
-		if state.Kind == link.Waiting && state.Err != nil && ctx.Err() == nil {
-			t.waiting(state.Err, state.Next)
-		}
-	})
+	p, err := o.ask(ctx, s, "wait", untilReady(ctx))
 	if err != nil {
 		return err
 	}
@@ -182,8 +194,12 @@ func runWait(ctx context.Context, s *session, o pingOptions) error {
 type prober struct {
 	pingOptions
 	server *inlet.Server
+	ways   []string
 	tell   func(inlet.State) // what is waited for; nil: nobody
 }
+
+// quietTime is how long a person waits without a word.
+const quietTime = 2 * time.Second
 
 func (o *prober) run(ctx context.Context) (p inlet.Probe, err error) {
 	states := make(chan inlet.State, 1)
@@ -201,9 +217,15 @@ func (o *prober) run(ctx context.Context) (p inlet.Probe, err error) {
 		stop()
 		<-ended
 	}()
+	quiet := time.NewTimer(quietTime)
+	defer quiet.Stop()
 	var last inlet.State
 	for {
 		select {
+		case <-quiet.C:
+			if last.Err == nil && o.tell != nil {
+				o.tell(inlet.State{Kind: link.Waiting, Err: fmt.Errorf("nothing is heard yet, %s", list(o.ways))})
+			}
 		case state := <-states:
 			switch state.Kind {
 			case link.Ready:
@@ -283,6 +305,8 @@ func remedyFor(err error) string {
 		return "see the --next of the relay before: the names of --via stand there"
 	case ok && refused.Code == stream.CodeAbsent:
 		return "start its outlet, or see by `portal names` which names are served"
+	case errors.Is(err, channel.ErrHandshake), errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, os.ErrDeadlineExceeded):
+		return "see that a portal listens there: --direct is an outlet's own --listen, not its target"
 	}
 	return causes[codeUnreachable][1]
 }

@@ -288,7 +288,7 @@ func (o *opening) readMessage(least, most int) ([]byte, error) {
 	}
 	n := int(binary.BigEndian.Uint16(l[:]))
 	if n < least || n > most {
-		return nil, errHandshake
+		return nil, ErrHandshake
 	}
 	m := make([]byte, n)
 	if _, err := io.ReadFull(o.lane, m); err != nil {
@@ -370,15 +370,15 @@ func (o *opening) takeConfirm(plain []byte) (unproved, err error) {
 	kind, stream, body, rest, err := cutFrame(plain)
 	switch {
 	case err != nil:
-		return nil, errHandshake
+		return nil, ErrHandshake
 	case stream == 0 && kind == kindClose:
 		closed, err := parseClose(body)
 		if err != nil {
-			return nil, errHandshake
+			return nil, ErrHandshake
 		}
 		return nil, closed
 	case stream != 0 || kind != kindConfirm || len(rest) != 0:
-		return nil, errHandshake
+		return nil, ErrHandshake
 	}
 	raw, issuer, err := decodeTwo(body)
 	if err != nil {
@@ -401,7 +401,7 @@ func (o *opening) readRecord() ([]byte, error) {
 	}
 	n, err := length(prefix[:])
 	if err != nil || n > maxConfirm+buffer.Around {
-		return nil, errHandshake
+		return nil, ErrHandshake
 	}
 	rec := make([]byte, n)
 	copy(rec, prefix[:])
@@ -410,7 +410,7 @@ func (o *opening) readRecord() ([]byte, error) {
 	}
 	plain, err := o.in.open(rec)
 	if err != nil {
-		return nil, errHandshake
+		return nil, ErrHandshake
 	}
 	return plain, nil
 }

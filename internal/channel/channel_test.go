@@ -302,7 +302,7 @@ func TestNothingBeforeTheConfirmationHasAnEffect(t *testing.T) {
 				}()
 				act(t, a, x)
 				err := <-result
-				if !errors.Is(err, errHandshake) && !errors.Is(err, ErrPreface) {
+				if !errors.Is(err, ErrHandshake) && !errors.Is(err, ErrPreface) {
 					t.Errorf("the responder: %v", err)
 				}
 				x.Close()
@@ -324,7 +324,7 @@ func TestNothingBeforeTheConfirmationHasAnEffect(t *testing.T) {
 			}()
 			s := responds(t, b, y)
 			y.Write(sealed(s))
-			if err := <-result; err != errHandshake {
+			if err := <-result; err != ErrHandshake {
 				t.Errorf("the initiator: %v", err)
 			}
 			y.Close()
@@ -388,7 +388,7 @@ func TestNoErrorTellsWhereAHandshakeFailed(t *testing.T) {
 					if err == nil || length {
 						continue
 					}
-					if text := err.Error(); text != errHandshake.Error() && text != hungUp {
+					if text := err.Error(); text != ErrHandshake.Error() && text != hungUp {
 						t.Errorf("direction %d, byte %d: %q", direction, off, text)
 					}
 				}
@@ -436,7 +436,7 @@ func TestLengthThatLiesIsRefusedBeforeAllocation(t *testing.T) {
 			o := &opening{lane: lane}
 			cost := allocated(100, func() {
 				lane.bytes = prefix
-				if _, err := o.readMessage(tt.least, tt.most); err != errHandshake {
+				if _, err := o.readMessage(tt.least, tt.most); err != ErrHandshake {
 					t.Fatalf("%s of length %d: %v", tt.name, n, err)
 				}
 			})
@@ -451,7 +451,7 @@ func TestLengthThatLiesIsRefusedBeforeAllocation(t *testing.T) {
 		o := &opening{lane: lane}
 		cost := allocated(100, func() {
 			lane.bytes = prefix
-			if _, err := o.readRecord(); err != errHandshake {
+			if _, err := o.readRecord(); err != ErrHandshake {
 				t.Fatalf("confirmation of length %d: %v", n, err)
 			}
 		})
@@ -499,7 +499,7 @@ func TestStrangerCostsAtMost16KiB(t *testing.T) {
 		// The longest confirmation, and as much behind it as the lane takes.
 		rec := append(binary.BigEndian.AppendUint16(nil, maxConfirm+16), make([]byte, 1<<15)...)
 		s.lane.Write(rec)
-		if err := <-result; err != errHandshake {
+		if err := <-result; err != ErrHandshake {
 			t.Errorf("the responder: %v", err)
 		}
 		longest := lane.read + message3Most - message3Least // as if message 3 had been the longest too

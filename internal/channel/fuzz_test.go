@@ -62,7 +62,7 @@ func FuzzDecodeProof(f *testing.F) {
 		defer alloc.Bound(t, len(b))()
 		history, attestation, err := decodeProof(b)
 		if err != nil {
-			if err != errHandshake || history != nil || attestation != nil {
+			if err != ErrHandshake || history != nil || attestation != nil {
 				t.Fatalf("%x, %x, %v", history, attestation, err)
 			}
 			return

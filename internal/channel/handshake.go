@@ -27,9 +27,9 @@ const (
 	message3Most  = message3Least - 4 + maxProof
 )
 
-// errHandshake is all that is ever said about a handshake that failed: not
+// ErrHandshake is all that is ever said about a handshake that failed: not
 // where, so that an attacker learns nothing from it.
-var errHandshake = errors.New("handshake failed: the other end is not a portal that proves its identity, or the bytes were changed on the way")
+var ErrHandshake = errors.New("handshake failed: the other end is not a portal that proves its identity, or the bytes were changed on the way")
 
 // A handshake is Noise XXpsk3 (Noise rev. 34, §7.5 and §9) with an ML-KEM-768
 // exchange (FIPS 203) in the payloads of messages 1 and 2, whose secret is the
@@ -96,7 +96,7 @@ func keypair(k *ecdh.PrivateKey) noise.DHKey {
 // mixed in, so nothing may be tried again on the same state.
 func (h *handshake) fail() error {
 	h.dead, h.state, h.kem = true, nil, nil
-	return errHandshake
+	return ErrHandshake
 }
 
 // write1 gives message 1: e, and the encapsulation key.
@@ -129,7 +129,7 @@ func (h *handshake) read1(m []byte) error {
 
 func (h *handshake) write2() ([]byte, error) {
 	if h.dead {
-		return nil, errHandshake
+		return nil, ErrHandshake
 	}
 	ek, err := mlkem.NewEncapsulationKey768(h.ek) // checks the key's modulus
 	if err != nil {
@@ -165,7 +165,7 @@ func (h *handshake) read2(m []byte) error {
 // write3 gives message 3: s, se, psk and the initiator's proof.
 func (h *handshake) write3() ([]byte, error) {
 	if h.dead {
-		return nil, errHandshake
+		return nil, ErrHandshake
 	}
 	m, toR, toI, err := h.state.WriteMessage(nil, h.proof)
 	if err != nil {
@@ -232,7 +232,7 @@ func encodeProof(history, attestation []byte) ([]byte, error) {
 
 func decodeProof(b []byte) (history, attestation []byte, err error) {
 	if len(b) > maxProof {
-		return nil, nil, errHandshake
+		return nil, nil, ErrHandshake
 	}
 	return decodeTwo(b)
 }
@@ -247,7 +247,7 @@ func decodeTwo(b []byte) (first, second []byte, err error) {
 	first, rest, ok := cutField(b)
 	second, rest, ok2 := cutField(rest)
 	if !ok || !ok2 || len(rest) != 0 {
-		return nil, nil, errHandshake
+		return nil, nil, ErrHandshake
 	}
 	return first, second, nil
 }

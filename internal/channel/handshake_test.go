@@ -86,7 +86,7 @@ func check(t testing.TB, err error) {
 // refused checks that a handshake is over, says nothing, and has no keys.
 func refused(t testing.TB, h *handshake, err error) {
 	t.Helper()
-	if err != errHandshake {
+	if err != ErrHandshake {
 		t.Fatalf("the error is %v", err)
 	}
 	if h.toR != [32]byte{} || h.toI != [32]byte{} || h.binding != [32]byte{} {
