@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -26,6 +27,13 @@ func showIdentity(s *session, home string) error {
 	if err != nil {
 		return err
 	}
+	var hosts *identity.ID
+	switch a, err := h.Authority(false); {
+	case err == nil:
+		hosts = authorityDocument(a.ID())
+	case !errors.Is(err, identity.ErrNoAuthority):
+		return err
+	}
 	if s.json {
 		doc := struct {
 			ID        identity.ID  `json:"id"`
@@ -33,7 +41,8 @@ func showIdentity(s *session, home string) error {
 			Authority *identity.ID `json:"authority,omitempty"`
 			Name      string       `json:"name,omitempty"`
 			Ways      []string     `json:"ways,omitempty"`
-		}{ID: self.ID(), Home: h.Dir()}
+			Hosts     *identity.ID `json:"hosts_authority,omitempty"`
+		}{ID: self.ID(), Home: h.Dir(), Hosts: hosts}
 		if m != nil {
 			doc.Authority, doc.Name = &m.Authority, m.Name
 			for _, w := range m.Ways {
@@ -50,6 +59,9 @@ func showIdentity(s *session, home string) error {
 		s.say("home %s; no member of an authority yet", plain(h.Dir()))
 	default:
 		s.say("home %s; %s of authority %s", plain(h.Dir()), memberName(m.Name), m.Authority)
+	}
+	if hosts != nil {
+		s.say("it holds authority %s: --trust and tickets name it", hosts)
 	}
 	return nil
 }
