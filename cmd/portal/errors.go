@@ -230,7 +230,23 @@ var dialing = regexp.MustCompile(`dial (tcp|unix) \S+: (connect: )?`)
 
 // spoken is an error in words for a person; what it wraps stays to be found.
 func spoken(err error) error {
-	return &words{dialing.ReplaceAllString(rooms.ReplaceAllString(err.Error(), "$1"), ""), err}
+	return &words{once(dialing.ReplaceAllString(rooms.ReplaceAllString(err.Error(), "$1"), "")), err}
+}
+
+var address = regexp.MustCompile(`^\S+:\d+$`)
+
+// once leaves out an address that the words before the colon have just said: of `by
+// relay A: A: refused` the second A, which is a way's name there.
+func once(text string) string {
+	parts := strings.Split(text, ": ")
+	said := parts[:1]
+	for _, p := range parts[1:] {
+		if last := said[len(said)-1]; address.MatchString(p) && (last == p || strings.HasSuffix(last, " "+p)) {
+			continue
+		}
+		said = append(said, p)
+	}
+	return strings.Join(said, ": ")
 }
 
 type words struct {

@@ -265,6 +265,9 @@ func TestRoomsAreLeftOutWhereAnErrorBegins(t *testing.T) {
 		"asking the authority: stream: x":                 "asking the authority: x",
 		"by a: no way\nidentity: by b: the channel: gone": "by a: no way\nby b: the channel: gone",
 		"mychannel: x":                                    "mychannel: x",
+		"via a:1: by relay a:1: a:1: refused":             "via a:1: by relay a:1: refused",
+		"by [::1]:4000: [::1]:4000: refused":              "by [::1]:4000: refused",
+		"by a:1: a:10: b: b: refused":                     "by a:1: a:10: b: b: refused",
 	} {
 		if got := spoken(errors.New(text)).Error(); got != want {
 			t.Errorf("%q: %q, want %q", text, got, want)
