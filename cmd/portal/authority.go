@@ -83,7 +83,7 @@ func runAuthority(ctx context.Context, s *session, o authorityOptions) error {
 	t := s.teller("authority", "")
 	rs := newRelays(b.node, self, identity.NewTrust(), s.log)
 	defer rs.close()
-	at := &posts{t: t, self: self.ID(), addrs: addresses(lns), relays: make(map[string]bool)}
+	at := &posts{t: t, self: self.ID(), addrs: addresses(lns), relays: make(map[string]bool), absent: make(absences)}
 	return s.supervise(ctx, job{
 		role: "authority", grace: o.grace,
 		run: func(ctx context.Context) error {
@@ -171,14 +171,17 @@ type posts struct {
 
 	mu     sync.Mutex
 	relays map[string]bool
+	absent absences
 }
 
 func (p *posts) relay(addr string, state link.State) {
 	p.mu.Lock()
 	p.relays[addr] = state.Kind == link.Ready
+	p.absent.note(addr, state)
+	found := len(p.addrs) > 0 || slices.Contains(slices.Collect(maps.Values(p.relays)), true)
 	p.mu.Unlock()
 	switch {
-	case state.Kind == link.Ready || len(p.addrs) > 0:
+	case found:
 		p.tell()
 	case state.Kind == link.Refused:
 		p.t.refused(state.Err)
@@ -205,7 +208,8 @@ func (p *posts) tell() {
 		text += " via " + list(by)
 		ev.Via = "via " + list(by)
 	}
-	p.t.ready(ev, fmt.Sprintf("%s (%s)", text, p.self.Short()))
+	ev.Absent = p.absent.list()
+	p.t.ready(ev, fmt.Sprintf("%s (%s)%s", text, p.self.Short(), without(ev.Absent)))
 }
 
 // running says that another authority has the home.

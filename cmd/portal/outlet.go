@@ -151,7 +151,7 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 			if err := m.join(ctx, t); err != nil {
 				return err
 			}
-			at := &presence{plan: p, t: t, addrs: addresses(lns), relays: make(map[string]link.State)}
+			at := &presence{plan: p, t: t, addrs: addresses(lns), relays: make(map[string]link.State), absent: make(absences)}
 			all := slices.Clone(lns)
 			for _, w := range p.relays {
 				all = append(all, m.relays.client(m.pinned(w)).Listen(p.name, func(state link.State) { at.relay(w.Addr, state) }))
@@ -236,6 +236,7 @@ type presence struct {
 	known  bool  // the credential has been looked at
 	err    error // and does not let it
 	relays map[string]link.State
+	absent absences
 }
 
 func (a *presence) credential(err error) {
@@ -249,6 +250,7 @@ func (a *presence) relay(addr string, state link.State) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.relays[addr] = state
+	a.absent.note(addr, state)
 	a.tellLocked()
 }
 
@@ -290,7 +292,8 @@ func (a *presence) tellLocked() {
 			text += " via " + list(by)
 			ev.Via = "via " + list(by)
 		}
-		a.t.ready(ev, text+"; "+a.answer)
+		ev.Absent = a.absent.list()
+		a.t.ready(ev, text+"; "+a.answer+without(ev.Absent))
 	case waiting != nil:
 		a.t.waiting(waiting.Err, waiting.Next)
 	case refused != nil:

@@ -4,11 +4,14 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/relay"
 	"github.com/portal-tunnel/portal/routing"
 )
@@ -101,4 +104,33 @@ func distinct(ways []identity.Way) (out []identity.Way) {
 		}
 	}
 	return out
+}
+
+// absences are relays of several that are not there, by address, and why: the first
+// reason of each, so that its line stays the same until it is back.
+type absences map[string]string
+
+func (a absences) note(addr string, state link.State) {
+	switch _, there := a[addr]; {
+	case state.Kind == link.Ready:
+		delete(a, addr)
+	case state.Err != nil && !there:
+		a[addr] = fmt.Sprintf("via %s: %s", addr, strings.TrimPrefix(reasonText(state.Err), addr+": "))
+	}
+}
+
+// list is in the order of addresses; nil when all are there.
+func (a absences) list() (all []string) {
+	for _, addr := range slices.Sorted(maps.Keys(a)) {
+		all = append(all, a[addr])
+	}
+	return all
+}
+
+// without is what a line says of them behind all else.
+func without(absent []string) (text string) {
+	for _, way := range absent {
+		text += "; not " + way
+	}
+	return text
 }

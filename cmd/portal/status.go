@@ -129,6 +129,7 @@ type processDocument struct {
 	Code    string         `json:"code,omitempty"`
 	Next    float64        `json:"next_try_seconds,omitempty"`
 	Via     string         `json:"via,omitempty"`
+	Absent  []string       `json:"absent,omitempty"`
 	Peer    string         `json:"peer,omitempty"`
 	Member  string         `json:"member,omitempty"`
 	Address []string       `json:"address,omitempty"`
@@ -180,7 +181,7 @@ func (e entry) document(began, now time.Time) processDocument {
 	doc := processDocument{
 		PID: os.Getpid(), Role: e.t.role, Name: e.t.name, Started: moment(began), Self: documentOf(e.self), Hosts: authorityDocument(e.hosts),
 		State: told.Event, Since: moment(cmp.Or(told.since, began)), Reason: told.Reason, Code: told.Code,
-		Via: told.Via, Peer: told.Peer, Member: told.Member, Address: told.Address, Target: e.target, Answer: told.Answer,
+		Via: told.Via, Absent: told.Absent, Peer: told.Peer, Member: told.Member, Address: told.Address, Target: e.target, Answer: told.Answer,
 	}
 	if left := told.next.Sub(now); left > 0 {
 		doc.Next = left.Round(time.Millisecond).Seconds()
@@ -188,7 +189,7 @@ func (e entry) document(began, now time.Time) processDocument {
 	switch {
 	case told.away:
 		// Nothing is tried again, and nothing is reached by a way any more.
-		doc.State, doc.Reason, doc.Code, doc.Next = stateDraining, "", "", 0
+		doc.State, doc.Reason, doc.Code, doc.Next, doc.Absent = stateDraining, "", "", 0, nil
 	case told.Event == "":
 		doc.State = stateStarting
 	}
@@ -447,6 +448,9 @@ func (p processDocument) details(now time.Time) (lines []string) {
 			}
 			lines = append(lines, text)
 		}
+	}
+	for _, way := range p.Absent {
+		add("not %s", way)
 	}
 	if len(p.Address) > 0 {
 		add("listens on %s", list(p.Address))

@@ -89,6 +89,7 @@ type event struct {
 	ID      string    `json:"id,omitempty"`      // authority, ready: its identifier
 	Address []string  `json:"address,omitempty"` // listening: the real ones
 	Via     string    `json:"via,omitempty"`     // ready: the way
+	Absent  []string  `json:"absent,omitempty"`  // ready: ways that are not there, and why
 	Peer    string    `json:"peer,omitempty"`    // ready: the other side's identifier
 	Member  string    `json:"member,omitempty"`  // ready: the name in the peer's credential
 	Target  string    `json:"target,omitempty"`  // outlet, ready
