@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"strings"
 	"syscall"
@@ -300,7 +301,9 @@ func remedyWithin(timeout time.Duration, way wayOptions) string {
 // remedyFor is what to do about an outlet that was not reached.
 func remedyFor(err error) string {
 	refused, ok := errors.AsType[*stream.RefusedError](err)
+	op, _ := errors.AsType[*net.OpError](err)
 	switch {
+	case op != nil && op.Op == "dial": // nobody has taken the connection
 	case ok && refused.Code == stream.CodeAbsent && strings.Contains(refused.Reason, "next one"):
 		return "see the --next of the relay before: the names of --via stand there"
 	case ok && refused.Code == stream.CodeAbsent:
