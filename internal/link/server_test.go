@@ -153,6 +153,30 @@ func TestInACrowdWhatBecomesAChannelIsNotCounted(t *testing.T) {
 	})
 }
 
+// An office is one address: when one of it has come in, the others need not wait.
+func TestABarredSourceThatShowsACredentialIsLetIn(t *testing.T) {
+	in(t, func(w *town) {
+		s := w.server()
+		stop := w.serve(s, "10.0.0.1:1")
+		told, end := s.Bar("10.0.0.66")
+		defer end()
+		if n := <-told; n != 1 {
+			t.Fatalf("%d are kept out", n)
+		}
+		begin := time.Now()
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "direct", Dial: func(ctx context.Context) (net.Conn, error) {
+			return w.net.From("10.0.0.66")(ctx, "mem", "10.0.0.1:1")
+		}}}}
+		stopKeeper := w.run(k.Run)
+		w.echoes(w.open(w.get(k)))
+		if n, more := <-told; more || time.Since(begin) > time.Second {
+			t.Errorf("%d are kept out still, after %v", n, time.Since(begin))
+		}
+		stopKeeper()
+		stop()
+	})
+}
+
 func TestAnHonestCallerGetsInPastManySilentOnes(t *testing.T) {
 	in(t, func(w *town) {
 		s := w.server()
