@@ -1,6 +1,7 @@
 package journeys_test
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/portal-tunnel/portal/tests/baseline"
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
@@ -136,37 +138,26 @@ func asService() *exec.Cmd {
 	return cmd
 }
 
-// settled waits until a process has at most want descriptors; with 0 it says how many there are.
+// settled waits until a process has at most want descriptors; with 0 it says how many there are. A relay may
+// have four more: the runtime keeps the pipes that splice(2) needs for the two directions of a lane, when
+// that is over, until a collection or the next lane.
 func settled(t testing.TB, p *process.Process, want int) int {
 	t.Helper()
-	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		n, err := descriptors(p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if want == 0 || n <= want {
-			return n
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%s has %d descriptors, %d before", p.Name, n, want)
-		}
-	}
-}
-
-// descriptors counts those of a process; of a relay without pipes: the runtime keeps the two that splice(2)
-// needs for each direction of a lane, when the lane is over, until a collection or the next lane.
-func descriptors(p *process.Process) (n int, err error) {
-	dir := fmt.Sprintf("/proc/%d/fd", p.Pid())
-	all, err := os.ReadDir(dir)
-	for _, fd := range all {
+	m, err := baseline.Of(p.Pid())
+	if err == nil && want != 0 {
+		m.Descriptors = want
+		slack := baseline.Slack{Children: 1000} // which nobody asks about
 		if strings.Contains(p.Name, "relay") {
-			if to, err := os.Readlink(dir + "/" + fd.Name()); err == nil && strings.HasPrefix(to, "pipe:") {
-				continue
-			}
+			slack.Descriptors = 4
 		}
-		n++
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		m, err = m.Back(ctx, slack)
 	}
-	return n, err
+	if err != nil {
+		t.Fatalf("%s: %v", p.Name, err)
+	}
+	return m.Descriptors
 }
 
 // quit ends both processes by SIGQUIT, upon which Go's runtime stops everything and lists the
