@@ -9,8 +9,8 @@ import (
 )
 
 // A sieve has the kernel drop what comes from sources that begin handshakes without
-// end, before there is a connection: to accept one and to close it costs thirty times
-// what it costs to look at its first packet. Where the kernel cannot, the server closes
+// end, before there is a connection: to accept one and to close it costs the core of
+// those who work, to drop its first packet hardly anything. Where the kernel cannot, the server closes
 // what it accepts, as it does for sources that are not barred.
 //
 // The zero value is ready. Its timer is the only thing that outlives a call, and ends
@@ -49,8 +49,8 @@ const (
 	// digAgain is for a kernel that has no descriptor or memory for a pit. One that does
 	// not know how is asked in vain as often, which costs it nothing.
 	digAgain = 30 * time.Second
-	// The kernel looks through the barred one after the other, which takes a third of a
-	// microsecond for 512, and compiles no more than 20 KB.
+	// The kernel looks through the barred one after the other, and compiles no more than
+	// 20 KB of a program where net.core.optmem_max is what it was before Linux 6.8.
 	maxBarred4, maxBarred6 = 512, 64
 )
 
