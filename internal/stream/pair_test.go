@@ -153,6 +153,7 @@ func virtual(t *testing.T, link memnet.Link, limits stream.Limits, f func(w *wor
 // clean fails the test when something is left of streams.
 func (w *world) clean() {
 	w.Helper()
+	synctest.Wait() // a reset shows at the stream before it has left the channel
 	for i, s := range []*side{w.x, w.y} {
 		if n := s.mux.Streams(); n != 0 {
 			w.Errorf("end %d: %d streams are left", i, n)
