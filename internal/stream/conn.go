@@ -206,12 +206,12 @@ func (c *Conn) end(why error, undelivered bool) (sealed, ended bool) {
 	c.dropLocked()
 	c.readable.Broadcast()
 	l := c.local.conn
-	c.recv.Unlock()
-
+	// Both directions at once: who has read the reset must not write to nobody.
 	c.send.Lock()
 	c.failed = why
 	c.writable.Broadcast()
 	c.send.Unlock()
+	c.recv.Unlock()
 	sealed = c.mux.over.Discard(&c.queue, why)
 	c.doneRecv.Store(true)
 	c.doneSend.Store(true)
