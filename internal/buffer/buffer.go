@@ -152,6 +152,7 @@ type Queue struct {
 	Room    *sync.Cond // signalled when Waiting falls or Stop is set; nil until somebody waits
 	Stop    error      // why nothing more may be queued
 	Sealed  bool       // a buffer of this queue has been sealed
+	Turn    uint64     // of the sealer, when this queue was last sent from
 
 	// Async keeps the sealer off the sender's goroutine, so that a sender with
 	// a deadline never sits in a write to the lane.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -56,6 +57,8 @@ type sealer struct {
 	sent    chan struct{} // closed when the close is written, or never will be
 	told    bool          // sent is closed
 
+	turn    uint64       // Sends
+	small   bool         // the last of them was of a small buffer
 	posted  int          // of data, those that Post queued
 	writing bool         // Drained is at it
 	writes  atomic.Int64 // to the lane, that went well
@@ -87,7 +90,12 @@ type waiting struct {
 
 // Send takes b and writes it, on this goroutine when the lane is free. It waits
 // while the stream has two buffers queued, until there is room or q.Stop is set.
+//
+// Where many streams have little to send, each would be a write of its own as long as the
+// lane is quick. So whoever has little, after another that had, lets those go first that
+// have been woken together with it: what they send goes out in the same write.
 func (s *sealer) Send(q *buffer.Queue, b *buffer.Buffer) error {
+	small := b.Payload() <= smallFrame
 	s.mu.Lock()
 	for s.err == nil && q.Stop == nil && q.Waiting >= maxQueued {
 		if q.Room == nil {
@@ -96,9 +104,15 @@ func (s *sealer) Send(q *buffer.Queue, b *buffer.Buffer) error {
 		q.Room.Wait()
 	}
 	err := s.appendLocked(q, b, false)
+	crowd := small && s.small && q.Turn != s.turn
+	s.turn++
+	q.Turn, s.small = s.turn, small
 	s.mu.Unlock()
 	if err != nil {
 		return err
+	}
+	if crowd {
+		runtime.Gosched()
 	}
 	if q.Async.Load() {
 		s.actor.Wake()

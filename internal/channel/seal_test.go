@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -234,6 +235,34 @@ func TestSmallFramesShareAWrite(t *testing.T) {
 			t.Errorf("%d writes: one was under way, and 100 small frames need one", n)
 		}
 		if n := len(b.got.all()); n != 101 {
+			t.Errorf("%d frames arrived", n)
+		}
+		a.leave()
+	})
+}
+
+// Each of many that have little to send would find the lane free.
+func TestWhatManyHaveToSendAtOnceGoesOutTogether(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // nobody sends while another writes
+	synctest.Test(t, func(t *testing.T) {
+		a, b, _, _ := open(t, memnet.Link{})
+		const streams = 40
+		ready := make(chan struct{})
+		for range streams {
+			go func() {
+				<-ready
+				check(t, a.send(new(buffer.Queue), []byte("keystroke")))
+			}()
+		}
+		check(t, a.send(new(buffer.Queue), []byte("before them")))
+		synctest.Wait()
+		before := a.end.writes.Load()
+		close(ready)
+		synctest.Wait()
+		if n := a.end.writes.Load() - before; n > streams/4 {
+			t.Errorf("%d writes for %d streams", n, streams)
+		}
+		if n := len(b.got.all()); n != streams+1 {
 			t.Errorf("%d frames arrived", n)
 		}
 		a.leave()
