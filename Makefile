@@ -1,5 +1,5 @@
 # make test    everything a change must pass; installs what tests need (Debian) and says so
-# make long    the same tests with PORTAL_LONG=1, and a minute for each fuzz target
+# make long    the same tests in their long forms and a minute for each fuzz target, some two hours; prints the figures
 # make bench   side by side, ten minutes: nothing, plain forwarders, the peers that are installed, portal
 # make build   bin/portal, static
 
@@ -22,12 +22,8 @@ build:
 test: needs check unit plain fuzz
 	@echo 'make test: passed'
 
-# The limit is a package's: figures in docs/figures.md say which of them take how long. Most of them
-# measure what the whole machine does: one package at a time, two tests.
 long: needs check
-	PORTAL_LONG=1 $(GO) test -race -shuffle=on -count=1 -p 1 -parallel 2 -timeout 6h $(PACKAGES)
-	PORTAL_LONG=1 $(GO) test -count=1 -timeout 2h -run Model ./internal/stream ./relay
-	FUZZTIME=60s GO='$(GO)' .ci/fuzz $(PACKAGES)
+	GO='$(GO)' .ci/long $(PACKAGES)
 	@echo 'make long: passed'
 
 bench:
@@ -56,11 +52,11 @@ unit:
 # What the race detector makes ten times slower, or hides: every byte of the handshake, the cost
 # of a frame and of an idle stream, what input that lies makes a decoder allocate.
 plain:
-	$(GO) test -count=1 ./internal/channel ./internal/stream ./routing
-	$(GO) test -count=1 -run 'AllocatesLittle|AllocateLittle|HostileReaches' ./abac ./cmd/portal ./identity ./inlet ./internal/alloc ./internal/authority ./internal/control ./internal/pgwire ./relay
+	$(GO) test $(V) -count=1 ./internal/channel ./internal/stream ./routing
+	$(GO) test $(V) -count=1 -run 'AllocatesLittle|AllocateLittle|HostileReaches' ./abac ./cmd/portal ./identity ./inlet ./internal/alloc ./internal/authority ./internal/control ./internal/pgwire ./relay
 
 fuzz:
 	FUZZTIME=$(FUZZTIME) GO='$(GO)' .ci/fuzz $(PACKAGES)
 
 clean:
-	rm -rf bin bench.json bench.svg
+	rm -rf bin bench.json bench.svg long.log

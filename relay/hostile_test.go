@@ -335,6 +335,7 @@ func (s *scene) ask(in *inlet.Server, patience time.Duration) (string, error) {
 // relay behaves again, the next one is.
 func TestAHostileRelayOpensNoStreamElsewhere(t *testing.T) {
 	pinned := func(s *scene) identity.ID { return s.alan.ID() }
+	tried := 0
 	for name, c := range map[string]struct {
 		ask   string // which name; default a
 		pin   func(*scene) identity.ID
@@ -425,6 +426,7 @@ func TestAHostileRelayOpensNoStreamElsewhere(t *testing.T) {
 			in.Accept()
 		}},
 	} {
+		tried++
 		t.Run(name, func(t *testing.T) {
 			in(t, func(w *town) {
 				s := w.play(c.asked)
@@ -475,6 +477,7 @@ func TestAHostileRelayOpensNoStreamElsewhere(t *testing.T) {
 			})
 		})
 	}
+	t.Logf("F-42: a relay that behaves in %d ways: no stream anywhere but where the inlet asked", tried)
 }
 
 // drop cuts every lane there is.
@@ -534,6 +537,7 @@ func (f forgiving) Write(b []byte) (int, error) {
 var kinds = []stream.HeaderKind{0, stream.Bytes, stream.Probe, stream.Request, stream.PingTarget, stream.Register, stream.Connect, stream.Next, stream.Names, 9, 16, 255}
 
 func TestAHostileRelayOpensNoStreamAtAnOutletItself(t *testing.T) {
+	tried := 0
 	for name, as := range map[string]func(*scene) *identity.Self{
 		"as the relay that it is":             func(s *scene) *identity.Self { return s.self },
 		"without a credential":                func(s *scene) *identity.Self { return s.stranger() },
@@ -542,6 +546,7 @@ func TestAHostileRelayOpensNoStreamAtAnOutletItself(t *testing.T) {
 		"as the outlet of another name":       func(s *scene) *identity.Self { return s.bob },
 		"as one who was permitted until then": func(s *scene) *identity.Self { self := s.stranger(); s.issue(self, agent, time.Second); return self },
 	} {
+		tried++
 		t.Run(name, func(t *testing.T) {
 			in(t, func(w *town) {
 				s := w.play(honest)
@@ -580,6 +585,7 @@ func TestAHostileRelayOpensNoStreamAtAnOutletItself(t *testing.T) {
 			})
 		})
 	}
+	t.Logf("F-42: a relay that asks an outlet as %d others: no stream is opened", tried)
 }
 
 // taped is honest, and keeps what went by: of the caller, of the outlet.

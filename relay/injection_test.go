@@ -266,7 +266,7 @@ func TestNothingIsReachedByAHeaderThatNoPolicyPermits(t *testing.T) {
 						return
 					}
 					tried := 0
-					defer func() { t.Logf("%d headers", tried) }()
+					defer func() { t.Logf("F-25: %d headers, nothing reached that no policy permits", tried) }()
 					for _, kind := range kinds {
 						for i, body := range x.bodies() {
 							answers := make(map[string]string)
@@ -321,6 +321,8 @@ func (x *crossroads) mayAsk(kind channel.Kind, self *identity.Self, h stream.Hea
 func TestWhoMayOpenOneNameReachesNothingElse(t *testing.T) {
 	in(t, func(w *town) {
 		x := w.crossroads()
+		tried := 0
+		defer func() { t.Logf("F-25: %d headers of one who may open one name: nothing else is reached", tried) }()
 		for _, addr := range []string{outletAddr, adminAddr} {
 			a := &attack{crossroads: x, addr: addr, kind: channel.Service, self: w.member(agent), node: w.node()}
 			a.live = a.dial()
@@ -328,6 +330,7 @@ func TestWhoMayOpenOneNameReachesNothingElse(t *testing.T) {
 				for _, body := range x.bodies() {
 					for _, name := range x.names() {
 						got := a.open(stream.Header{Kind: kind, Name: name, Body: body})
+						tried++
 						dials := int32(0)
 						may := addr == outletAddr && name == "db" && body == nil && (kind == stream.Bytes || kind == stream.Probe || kind == stream.PingTarget)
 						if may && kind != stream.Probe {
@@ -397,7 +400,7 @@ func TestARawConnectionReachesOnlyItsHandshake(t *testing.T) {
 		}
 		bot := w.client(w.member(agent), nil)
 		tried := 0
-		defer func() { t.Logf("%d connections", tried) }()
+		defer func() { t.Logf("F-25: %d raw connections, nothing reached", tried) }()
 		for name, dial := range map[string]func() net.Conn{
 			"an outlet's": direct(outletAddr), "an authority's": direct(authorityAddr), "a relay's": direct(relayAddr),
 			"a lane to an outlet": func() net.Conn {

@@ -126,7 +126,7 @@ func TestALoopOfRelaysEndsBehindEightHops(t *testing.T) {
 				if far > 2*near*(channel.MaxHops+1) {
 					t.Errorf("a question costs %d bytes at the first and %d at the last", near, far)
 				}
-				t.Logf("at most %d bytes a hop; a question costs %d bytes, and %d behind %d hops", most, near, far, hops)
+				t.Logf("F-25: a loop: at most %d bytes a hop; a question costs %d bytes, and %d behind %d hops", most, near, far, hops)
 				for i := len(stops) - 1; i >= 0; i-- {
 					stops[i]()
 				}

@@ -199,6 +199,7 @@ func TestNoRaceGivesANameAway(t *testing.T) {
 		if n := s.Registrations("db"); n != 1 {
 			t.Errorf("%d serve it in the end", n)
 		}
+		t.Logf("F-25: %d tries at a name that another serves: none had it", tries)
 	})
 }
 

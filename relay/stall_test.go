@@ -303,7 +303,7 @@ func (f *flows) measure(t *testing.T, what string, many int) {
 		slices.Sort(bytes)
 		slices.Sort(late)
 		side := map[byte]string{mute: "far", writes: "near"}[how]
-		t.Logf("%s: %d beside one whose %s end does not read: %.0f %% of the throughput (%.0f to %.0f), p99 %.2f × (%.2f to %.2f)", what, many, side,
+		t.Logf("F-11: %s: %d beside one whose %s end does not read: %.0f %% of the throughput (%.0f to %.0f), p99 %.2f × (%.2f to %.2f)", what, many, side,
 			100*bytes[12], 100*bytes[6], 100*bytes[18], late[12], late[6], late[18])
 		if bytes[12] < 0.45 || late[12] > 4 {
 			t.Error("that is less than half of what is wanted")

@@ -215,7 +215,7 @@ var errWrong = errors.New("wrong bytes")
 // then a reset: never a wrong byte, never an end.
 func TestARelayThatTampersWithARecordGivesAPrefixAndAReset(t *testing.T) {
 	var touched atomic.Int32
-	defer func() { t.Logf("%d records were tampered with", touched.Load()) }()
+	defer func() { t.Logf("F-02: %d records were tampered with", touched.Load()) }()
 	records := 5
 	if long() {
 		records = 64

@@ -32,7 +32,7 @@ func TestMoreThanTheLimitIsReportedForSmallInputsOnly(t *testing.T) {
 }
 
 func TestHostileReachesADecoderThatBelievesALength(t *testing.T) {
-	if raced {
+	if Raced {
 		t.Skip("make plain runs it")
 	}
 	for name, decode := range map[string]func([]byte){

@@ -43,10 +43,12 @@ func Hostile(t *testing.T, decode func([]byte), genuine ...[]byte) {
 	for _, g := range genuine {
 		try(bytes.Clone(g))
 	}
-	if !raced {
-		inputs(genuine, try)
+	if Raced {
+		t.Logf("%d genuine inputs", count)
+		return
 	}
-	t.Logf("%d inputs; at most %d bytes allocated, for an input of %d: %q…", count, most, at, start)
+	inputs(genuine, try)
+	t.Logf("F-23, F-35: %d inputs that lie; at most %d bytes allocated, for an input of %d: %q…", count, most, at, start)
 }
 
 // inputs makes them, each in the same memory as the one before.

@@ -2,4 +2,5 @@
 
 package alloc
 
-const raced = false
+// Raced says whether the race detector is in.
+const Raced = false

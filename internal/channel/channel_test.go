@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/memnet"
 )
@@ -337,7 +338,7 @@ func TestNothingBeforeTheConfirmationHasAnEffect(t *testing.T) {
 func TestNoErrorTellsWhereAHandshakeFailed(t *testing.T) {
 	hungUp := lost(io.EOF).Error()
 	step := int64(61)
-	if raceDetector {
+	if alloc.Raced {
 		step = 307
 	}
 	for direction := range 2 {
@@ -422,6 +423,7 @@ func (l *lies) Read(b []byte) (int, error) {
 }
 
 func TestLengthThatLiesIsRefusedBeforeAllocation(t *testing.T) {
+	tried := 0
 	for _, tt := range []struct {
 		name        string
 		least, most int
@@ -431,6 +433,7 @@ func TestLengthThatLiesIsRefusedBeforeAllocation(t *testing.T) {
 		{"message 3", message3Least, message3Most},
 	} {
 		for _, n := range []int{0, 1, tt.least - 1, tt.most + 1, 32768, 65535} {
+			tried++
 			prefix := binary.BigEndian.AppendUint16(nil, uint16(n))
 			lane := &lies{t: t}
 			o := &opening{lane: lane}
@@ -446,6 +449,7 @@ func TestLengthThatLiesIsRefusedBeforeAllocation(t *testing.T) {
 		}
 	}
 	for _, n := range []int{0, 1, 16, maxConfirm + 17, 65535} {
+		tried++
 		prefix := binary.BigEndian.AppendUint16(nil, uint16(n))
 		lane := &lies{t: t}
 		o := &opening{lane: lane}
@@ -459,6 +463,7 @@ func TestLengthThatLiesIsRefusedBeforeAllocation(t *testing.T) {
 			t.Errorf("confirmation of length %d: asked for the rest: %v, allocated %d bytes", n, lane.misled, cost)
 		}
 	}
+	t.Logf("F-23: %d lengths that lie are refused before anything is allocated", tried)
 }
 
 // allocated is how many bytes a call of f allocates.

@@ -16,6 +16,7 @@ import (
 	"weak"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/memnet"
 )
@@ -168,7 +169,7 @@ func TestCutIsNeverACleanEnd(t *testing.T) {
 	const frames, size = 6, 500
 	record := size + frameHeader + buffer.Around
 	step := 37
-	if raceDetector {
+	if alloc.Raced {
 		step = 211
 	}
 	for how, cut := range map[string]func(c *memnet.Conn, off int64){

@@ -13,6 +13,7 @@ import (
 	"github.com/flynn/noise"
 
 	"github.com/portal-tunnel/portal/identity"
+	"github.com/portal-tunnel/portal/internal/alloc"
 )
 
 var suites = map[string]Suite{"AESGCM": AESGCM, "ChaChaPoly": ChaChaPoly}
@@ -122,7 +123,7 @@ func TestBothEndsOfAHandshakeAgree(t *testing.T) {
 // every is the step through the bytes of a message. There is no concurrency to
 // look for here, and with the race detector each handshake takes ten times as long.
 func every() int {
-	if raceDetector && os.Getenv("PORTAL_LONG") == "" {
+	if alloc.Raced && os.Getenv("PORTAL_LONG") == "" {
 		return 13
 	}
 	return 1

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/memnet"
 )
@@ -386,7 +387,7 @@ func (sink) SetDeadline(time.Time) error     { return nil }
 func (sink) SetReadDeadline(time.Time) error { return nil }
 
 func TestSendingAllocatesNothing(t *testing.T) {
-	if raceDetector {
+	if alloc.Raced {
 		t.Log("NOT RUN: with the race detector sync.Pool drops buffers at random")
 		return
 	}

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
@@ -42,7 +43,7 @@ var cuts = map[string]func(c *memnet.Conn, off int64){
 }
 
 func cutOffsets() int64 {
-	if raced {
+	if alloc.Raced {
 		return 16
 	}
 	return 64

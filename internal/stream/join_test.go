@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
@@ -67,7 +68,7 @@ func TestHalfCloseGoesBothWays(t *testing.T) {
 // TestLargeEchoAfterHalfClose sends 64 MiB, ends, and only then gets them back.
 func TestLargeEchoAfterHalfClose(t *testing.T) {
 	size := 64 << 20
-	if raced {
+	if alloc.Raced {
 		size = 16 << 20
 	}
 	data := random(size, 7)

@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
@@ -480,7 +481,7 @@ func TestCloseWriteBesideASocketNeverLies(t *testing.T) {
 // TestStormLeavesNothing does everything to the same streams at once.
 func TestStormLeavesNothing(t *testing.T) {
 	rounds := 60
-	if raced {
+	if alloc.Raced {
 		rounds = 25
 	}
 	for round := range rounds {
@@ -569,7 +570,7 @@ func TestStormLeavesNothing(t *testing.T) {
 // what the limit of descriptors allows: two each.
 func TestIdleStreamsCostOneGoroutineASocket(t *testing.T) {
 	n := 10000
-	if raced {
+	if alloc.Raced {
 		n = 1000
 	}
 	var limit syscall.Rlimit
@@ -629,7 +630,7 @@ func TestIdleStreamsCostOneGoroutineASocket(t *testing.T) {
 		t.Errorf("%d streams own %d goroutines", n, g)
 	}
 	t.Logf("%d streams: %.0f bytes each for both ends and the goroutine of the one that is joined", n, each)
-	if each > 8<<10 && !raced {
+	if each > 8<<10 && !alloc.Raced {
 		t.Errorf("an idle stream costs %.0f bytes", each)
 	}
 	y.mux.ResetAll(stream.CodeAway, "")

@@ -307,7 +307,7 @@ func TestNoKillMakesALedgerWrong(t *testing.T) {
 		}
 		slices.Sort(back)
 		at := func(part float64) time.Duration { return back[int(part*float64(len(back)-1)+0.5)] }
-		t.Logf("%s killed %d times: from its start to the first transaction asked for and acknowledged since: median %v, p99 %v, most %v",
+		t.Logf("F-05: %s killed %d times: from its start to the first transaction asked for and acknowledged since: median %v, p99 %v, most %v",
 			victim, kills, at(0.5).Round(time.Millisecond), at(0.99).Round(time.Millisecond), at(1).Round(time.Millisecond))
 	}
 	stop()
@@ -320,7 +320,7 @@ func TestNoKillMakesALedgerWrong(t *testing.T) {
 		}
 	}
 	l.audit(t, db)
-	t.Logf("%d transactions acknowledged, %d without an answer, %d errors, 0 wrong", len(l.acknowledged), len(l.maybe), l.errors)
+	t.Logf("F-05: %d transactions acknowledged, %d without an answer, %d errors, 0 wrong", len(l.acknowledged), len(l.maybe), l.errors)
 }
 
 // tail is the end of a log, for a failure.

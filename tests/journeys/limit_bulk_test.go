@@ -63,10 +63,10 @@ func TestBulkOfEightStreamsIsUnchangedAndHeldByNobody(t *testing.T) {
 			t.Errorf("%s has grown by %d KiB at most", role, grown>>10)
 		}
 	}
-	t.Logf("%d MiB each way by %d streams in %.1f s; the most memory: %s", streams*each>>20, streams, took.Seconds(), mebibytes(after, before.memory))
+	t.Logf("F-03: %d MiB each way by %d streams in %.1f s; the most memory: %s", streams*each>>20, streams, took.Seconds(), mebibytes(after, before.memory))
 	if long() {
 		const one = 9 << 29 // 4.5 GiB
 		flood(t, w.addr, 1, one)
-		t.Logf("%d MiB each way by one stream; the most memory: %s", one>>20, mebibytes(w.mostSince(), before.memory))
+		t.Logf("F-03: %d MiB each way by one stream; the most memory: %s", one>>20, mebibytes(w.mostSince(), before.memory))
 	}
 }

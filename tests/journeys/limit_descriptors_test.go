@@ -70,7 +70,7 @@ func TestAProcessWithFewDescriptorsKeepsItsStreamsAndSomeForMembers(t *testing.T
 						ended++
 					}
 				}
-				t.Logf("of %d: %d were reset at once, %d later, %d answered, %d wait", tries, tries-len(conns), ended, answered, silent)
+				t.Logf("F-17: of %d: %d were reset at once, %d later, %d answered, %d wait", tries, tries-len(conns), ended, answered, silent)
 			}
 			work("meanwhile")
 			held := settled(t, p, 0)
@@ -94,7 +94,7 @@ func TestAProcessWithFewDescriptorsKeepsItsStreamsAndSomeForMembers(t *testing.T
 			if lines := w.logged(p, `too many open files`); len(lines) > 0 {
 				t.Errorf("%s ran out of descriptors %d times: %s", c.role, len(lines), lines[0])
 			}
-			t.Logf("%s: %d descriptors, %d before; a ping in %v meanwhile; a new stream %v after they were given back; %d lines logged",
+			t.Logf("F-17: %s: %d descriptors, %d before; a ping in %v meanwhile; a new stream %v after they were given back; %d lines logged",
 				c.role, held, before.descriptors[c.role], came.Round(time.Millisecond), took.Round(time.Millisecond), len(w.logged(p, ``)))
 			settled(t, p, before.descriptors[c.role]+5)
 		})

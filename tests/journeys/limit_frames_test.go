@@ -142,7 +142,7 @@ func TestAMemberThatFloodsAnOutletIsBoundedOrCut(t *testing.T) {
 			sent, slowest := flood()
 			settled(t, w.out, before.descriptors["outlet"])
 			most, after := highWater(t, w.out), rss(t, w.out)
-			t.Logf("%d of %d; an echo beside them took %v at most; memory %.1f MiB, the second time %.1f at most and %.1f behind it",
+			t.Logf("F-24: %d of %d; an echo beside them took %v at most; memory %.1f MiB, the second time %.1f at most and %.1f behind it",
 				sent, n, slowest.Round(time.Millisecond), mib(first), mib(most), mib(after))
 			if most-first > 48<<20 {
 				t.Errorf("memory has grown by %.1f MiB meanwhile", mib(most-first))

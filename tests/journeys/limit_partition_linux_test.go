@@ -214,7 +214,7 @@ func TestACutCableIsNoticedInHalfAMinuteAndMendsByItself(t *testing.T) {
 				if n := joined(); n != lanes {
 					t.Errorf("a cut of %v made %d lanes", c.lasts, n-lanes)
 				}
-				t.Logf("a cut of %v: 20 streams go on", c.lasts)
+				t.Logf("F-08: a cut of %v: 20 streams go on", c.lasts)
 				return
 			}
 			clients, service := u.ended(begin)
@@ -232,7 +232,7 @@ func TestACutCableIsNoticedInHalfAMinuteAndMendsByItself(t *testing.T) {
 			if most := max(clients, service); most > 32*time.Second { // 25 s, looked for every 5
 				t.Errorf("noticed after %v", most)
 			}
-			t.Logf("a cut of %v: 20 streams were reset at the clients after %.1f s and at the service after %.1f s; a new one works %v after the cable; one lane more; descriptors as before",
+			t.Logf("F-08: a cut of %v: 20 streams were reset at the clients after %.1f s and at the service after %.1f s; a new one works %v after the cable; one lane more; descriptors as before",
 				c.lasts, clients.Seconds(), service.Seconds(), back.Round(time.Millisecond))
 		})
 	}
@@ -260,7 +260,7 @@ func TestAProcessThatStandsStillIsGivenUpAndComesBack(t *testing.T) {
 				time.AfterFunc(lasts, func() { syscall.Kill(p.Pid(), syscall.SIGCONT) })
 				if lasts < 20*time.Second {
 					u.work() // as soon as it goes on
-					t.Logf("20 streams go on")
+					t.Logf("F-08: 20 streams go on")
 					return
 				}
 				clients, service := u.ended(begin)
@@ -270,7 +270,7 @@ func TestAProcessThatStandsStillIsGivenUpAndComesBack(t *testing.T) {
 				for role, p := range w.each() {
 					settled(t, p, before.descriptors[role])
 				}
-				t.Logf("20 streams were reset at the clients after %.1f s and at the service after %.1f s; a new one works %v after it goes on; descriptors as before",
+				t.Logf("F-08: 20 streams were reset at the clients after %.1f s and at the service after %.1f s; a new one works %v after it goes on; descriptors as before",
 					clients.Seconds(), service.Seconds(), back.Round(time.Millisecond))
 			})
 		}

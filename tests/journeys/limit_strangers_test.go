@@ -233,7 +233,7 @@ func TestStrangersWhoAreSlowCostLittleAndKeepNobodyOut(t *testing.T) {
 			if each > limit {
 				t.Errorf("%d B each", each)
 			}
-			t.Logf("%d silent and %d slow, all there after %v: %d B each at most; gone after %v at most, %d to make room; visits meanwhile %s",
+			t.Logf("F-20, F-21: %d silent and %d slow, all there after %v: %d B each at most; gone after %v at most, %d to make room; visits meanwhile %s",
 				silent, slow, there.Round(time.Millisecond), each, time.Duration(longest.Load()).Round(10*time.Millisecond), early.Load(), spread(took))
 		})
 	}
@@ -462,7 +462,7 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 	if held > files+link.DefaultHalfOpen+50 {
 		t.Errorf("%d descriptors, %d before", held, files)
 	}
-	t.Logf("%d handshakes begun in %v (%d were no connection): %d descriptors at most, %d before; memory %.1f MiB at most, %.1f before; %.2f of a core; visits meanwhile %s; an open stream at %.0f %% of its pace, %.0f %% when others on the machine have the flood",
+	t.Logf("F-22: %d handshakes begun in %v (%d were no connection): %d descriptors at most, %d before; memory %.1f MiB at most, %.1f before; %.2f of a core; visits meanwhile %s; an open stream at %.0f %% of its pace, %.0f %% when others on the machine have the flood",
 		begun, lasts, refused, held, files, mib(most), mib(before), worked.Seconds()/lasts.Seconds(), spread(took), 100*during/usual, 100*beside/usual)
 	// It has been 0.91 to 1.03; 0.64 to 0.94 while each of them was accepted and closed, and 0.13 to
 	// 0.58 while each was answered. One minute is not like the next by a tenth.

@@ -100,7 +100,7 @@ func TestAMillionStreamsOneAfterAnotherLeaveNothing(t *testing.T) {
 			t.Errorf("%s has grown by %.1f MiB since a quarter of them", role, mib(m-quarter[role]))
 		}
 	}
-	t.Logf("%d streams in %.0f s (%.0f a second) through one channel; memory at the end: %s (before: after a quarter of them)", n, took.Seconds(), float64(n)/took.Seconds(), mebibytes(end, quarter))
+	t.Logf("F-14: %d streams in %.0f s (%.0f a second) through one channel; memory at the end: %s (before: after a quarter of them)", n, took.Seconds(), float64(n)/took.Seconds(), mebibytes(end, quarter))
 	leftBehind(t, w)
 }
 
@@ -194,7 +194,7 @@ func TestManyStreamsThatAskNowAndThenGetTheirAnswersAndLeaveNothing(t *testing.T
 			t.Errorf("%s: the live heap was %d MB in the second third and %d in the last", role, first, last)
 		}
 	}
-	t.Logf("%d streams for %v: %d asked and answered, %d more came and went, 0 wrong; the slowest took %v; live heap in the second third and the last: %s; %s",
+	t.Logf("F-13: %d streams for %v: %d asked and answered, %d more came and went, 0 wrong; the slowest took %v; live heap in the second third and the last: %s; %s",
 		streams, lasts, asked.Load(), came.Load(), time.Duration(slowest.Load()).Round(time.Millisecond), strings.Join(heaps, "; "), mebibytes(w.stand().memory, nil))
 	leftBehind(t, w)
 }

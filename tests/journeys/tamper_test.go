@@ -385,7 +385,7 @@ func TestNothingThatARelayDoesToRecordsIsDelivered(t *testing.T) {
 				took = append(took, b.late...)
 			}
 			slices.Sort(took)
-			t.Logf("%d lanes tampered with, %d transfers reset; from the next record to the reset at both ends: median %v, 99 of 100 %v, longest %v",
+			t.Logf("F-02: %d lanes tampered with, %d transfers reset; from the next record to the reset at both ends: median %v, 99 of 100 %v, longest %v",
 				tampered, transfers, took[len(took)/2], took[len(took)*99/100], took[len(took)-1])
 
 			// Nothing is left of all that in the processes.

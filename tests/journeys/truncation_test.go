@@ -110,7 +110,7 @@ func TestNoCutAcrossARelayIsAnEnd(t *testing.T) {
 				t.Logf("%s: %d", cause, n.Load())
 				sum += n.Load()
 			}
-			t.Logf("%d cuts", sum)
+			t.Logf("F-01: %d cuts, 0 clean ends", sum)
 		})
 	}
 }
@@ -151,7 +151,7 @@ func TestACredentialThatEndsInMidTransferIsNoEnd(t *testing.T) {
 				kill(t, x.keeper) // nobody renews it now
 				over.Wait()
 				k.line(map[string]*process.Process{"bot": k.in, "db1": k.out}[host], `credential expired at`)
-				t.Logf("%d cuts", 2*offsets)
+				t.Logf("F-01: %d cuts by the end of the credential, 0 clean ends", 2*offsets)
 			})
 		}
 	}
@@ -284,5 +284,5 @@ func TestCurlNoticesEachCutOfADownloadWithoutALength(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d cuts", cuts)
+	t.Logf("F-01: %d downloads cut, curl notices each", cuts)
 }
