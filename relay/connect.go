@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"os"
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
@@ -236,12 +237,21 @@ func (p *passage) remote(key poolKey, want identity.ID, brief bool) {
 	s.log.Info("a lane has ended", "name", p.name, "caller", p.asker.Peer(), "reason", orderly(err))
 }
 
-// orderly is why something ended, for a log.
+// orderly is why something ended, for a log: of an error of sockets the system's word, since the
+// copying wraps it once for each of the two connections, with addresses that say nothing.
 func orderly(err error) any {
-	if err == nil {
-		return "in good order"
+	for {
+		switch e := err.(type) {
+		case nil:
+			return "in good order"
+		case *net.OpError:
+			err = e.Err
+		case *os.SyscallError:
+			err = e.Err
+		default:
+			return err
+		}
 	}
-	return err
 }
 
 func (p *passage) failed(side string, err error) {

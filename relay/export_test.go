@@ -21,3 +21,6 @@ func (s *Server) Held() int {
 	defer s.mu.Unlock()
 	return len(s.expected) + len(s.pools) + len(s.members) + len(s.controls)
 }
+
+// Orderly is what a log says of an end.
+var Orderly = orderly
