@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"time"
@@ -18,8 +17,7 @@ const lingerTime = 5 * time.Second
 
 // join copies both ways until both have ended, or ctx does, and owns both
 // connections. An end of file on one side is passed on behind what was read; an
-// error on one is a reset on both. Between two sockets the kernel moves the bytes
-// (splice, by net.TCPConn's ReadFrom) and nothing of them is held here.
+// error on one is a reset on both.
 func join(ctx context.Context, a, b net.Conn) (err error) {
 	cut := sync.OnceFunc(func() {
 		stream.Abort(a)
@@ -29,7 +27,7 @@ func join(ctx context.Context, a, b net.Conn) (err error) {
 	defer stop()
 	errs := make(chan error, 2)
 	pass := func(to, from net.Conn) {
-		_, err := io.Copy(to, from)
+		err := forward(to, from)
 		if err == nil {
 			err = closeWrite(to)
 		}

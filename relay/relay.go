@@ -31,9 +31,8 @@ import (
 
 // Limits of a relay. The zero value has the defaults.
 type Limits struct {
-	// Lanes joined or about to be; default 8,192: six descriptors each, two sockets and
-	// the pipes by which the kernel moves bytes between them. Whoever has fewer than
-	// some 70,000 descriptors sets it lower.
+	// Lanes joined or about to be; default 8,192: two descriptors each and those of
+	// MaxPipes. Whoever has fewer than some 25,000 descriptors sets it lower.
 	Lanes int
 	// LanesEach is how many of them one identity may have asked for, and how many
 	// may lead to one; default 2,048.
@@ -54,6 +53,11 @@ const foreignShare = 8
 
 // DefaultLanes is the default of Limits.Lanes.
 const DefaultLanes = 8192
+
+// MaxPipes is how many pipes a process has at most, of two descriptors each: one for a direction
+// of a lane while much goes by, or for as long as its reader stops; without one bytes are copied.
+// Together they hold 64 MiB, from where on Linux gives no more to one user (pipe-user-pages-soft).
+const MaxPipes = 256
 
 const (
 	defaultLanesEach     = 2048

@@ -24,6 +24,7 @@ var ranks = map[string]int{
 	"internal/alloc":   0,
 	"internal/buffer":  0,
 	"internal/memnet":  0,
+	"internal/socket":  0,
 	"internal/store":   0,
 	"internal/control": 0,
 
@@ -59,7 +60,7 @@ var importers = map[string][]string{
 	"github.com/veraison/go-cose":      {"identity"},
 	"go.etcd.io/bbolt":                 {"internal/store"},
 	"golang.org/x/crypto":              {"internal/channel"},
-	"golang.org/x/sys":                 {"identity", "internal/store", "internal/control", "internal/stream", "internal/link", "inlet", "outlet", "relay", "cmd/portal"},
+	"golang.org/x/sys":                 {"identity", "internal/store", "internal/control", "internal/socket", "internal/stream", "internal/link", "inlet", "outlet", "relay", "cmd/portal"},
 	"golang.org/x/term":                {"cmd/portal"},
 }
 

@@ -40,8 +40,10 @@ const (
 	laneCost     = 64 << 10 // a joined lane of a relay, with its pipes in the kernel
 	streamCost   = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
 
-	// A joined lane of a relay has two sockets, and a pipe each way.
-	laneDescriptors = 6
+	// A joined lane of a relay has two sockets and, while much goes by, a pipe each way: of
+	// these there are at most relay.MaxPipes.
+	laneDescriptors = 2
+	pipeDescriptors = 2
 	// A command as the target has two pipes, and one to who holds it.
 	commandDescriptors = 3
 )
@@ -136,7 +138,9 @@ func (r room) left(taken ...int) int {
 
 func (r room) relay() relay.Limits {
 	l := r.link()
-	lanes := r.fit(relay.DefaultLanes, r.left(l.HalfOpen, l.Channels)/laneDescriptors, r.memory/4/laneCost)
+	left := r.left(l.HalfOpen, l.Channels)
+	left = max(left/(laneDescriptors+2*pipeDescriptors), (left-relay.MaxPipes*pipeDescriptors)/laneDescriptors)
+	lanes := r.fit(relay.DefaultLanes, left, r.memory/4/laneCost)
 	if lanes < relay.DefaultLanes {
 		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n raises it", "lanes", lanes, "descriptors", r.descriptors, "memory", r.memoryText())
 	}

@@ -58,7 +58,7 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 				}
 			}
 			for role, n := range map[string]int{
-				"connect": doors - l.HalfOpen - l.Channels, "relay": lanes * laneDescriptors, "outlet": out, "command": command * commandDescriptors, "inlet": in.MaxStreams - l.HalfOpen - l.Channels,
+				"connect": doors - l.HalfOpen - l.Channels, "relay": lanes*laneDescriptors + min(2*lanes, relay.MaxPipes)*pipeDescriptors, "outlet": out, "command": command * commandDescriptors, "inlet": in.MaxStreams - l.HalfOpen - l.Channels,
 			} {
 				if all := n + l.HalfOpen + l.Channels + kept; all > descriptors {
 					t.Errorf("%s takes %d of %d descriptors", role, all, descriptors)

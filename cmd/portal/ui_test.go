@@ -359,8 +359,7 @@ func TestDemoLeavesNothingBehind(t *testing.T) {
 		b := make([]byte, 1<<20)
 		t.Errorf("%d goroutines, %d before:\n%s", n, goroutines, b[:runtime.Stack(b, true)])
 	}
-	// The relay's joins splice through pipes, which net keeps in a pool that the
-	// collector empties.
+	// The relay keeps the pipes through which it splices in a pool that the collector empties.
 	for openFiles(t) > files && time.Now().Before(limit) {
 		runtime.GC()
 	}

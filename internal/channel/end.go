@@ -14,6 +14,7 @@ import (
 
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/socket"
 	"github.com/portal-tunnel/portal/routing"
 )
 
@@ -104,7 +105,7 @@ func newEnd(o *opening) (*End, error) {
 		begin: time.Now(), done: make(chan struct{}), unlisten: func() {},
 	}
 	e.rtt.Store(int64(o.rtt))
-	e.sealer.lane, e.sealer.records, e.sealer.fail = o.lane, o.out, e.fail
+	e.sealer.lane, e.sealer.records, e.sealer.fail = socket.NewWriter(o.lane), o.out, e.fail
 	e.sealer.lost = e.lost
 	e.sealer.slots = make(map[uint64]int)
 	e.sealer.fewer.L = &e.sealer.mu

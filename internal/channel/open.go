@@ -6,6 +6,7 @@ import (
 	"syscall"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/socket"
 )
 
 // laneReader takes records off a lane, several a read. It holds a buffer only
@@ -26,7 +27,7 @@ type laneReader struct {
 }
 
 func newLaneReader(lane net.Conn) *laneReader {
-	l := &laneReader{lane: lane, raw: rawOf(lane)}
+	l := &laneReader{lane: lane, raw: socket.Raw(lane)}
 	l.try = l.attempt
 	return l
 }
@@ -69,14 +70,7 @@ func (l *laneReader) wait() error {
 // attempt is one read without waiting; false parks until the lane is readable.
 func (l *laneReader) attempt(fd uintptr) bool {
 	b := buffer.Get(l.want())
-	for {
-		l.n, l.err = syscall.Read(int(fd), b.Raw())
-		if l.err != syscall.EINTR {
-			break
-		}
-	}
-	l.n = max(l.n, 0)
-	if l.err == syscall.EAGAIN {
+	if l.n, l.err = socket.Read(fd, b.Raw()); l.err == syscall.EAGAIN {
 		b.Release()
 		l.err = nil
 		return false
@@ -136,16 +130,6 @@ func (l *laneReader) release() {
 	}
 }
 
-// rawOf gives the descriptor of a socket, and nil for any other connection.
-func rawOf(c net.Conn) syscall.RawConn {
-	if s, ok := c.(syscall.Conn); ok {
-		if raw, err := s.SyscallConn(); err == nil {
-			return raw
-		}
-	}
-	return nil
-}
-
 // notSent bounds what the kernel holds unsent of a lane, so that a keystroke
 // does not queue behind megabytes of a bulk stream.
 const notSent = 128 << 10
@@ -155,7 +139,7 @@ func setLane(c net.Conn) {
 	const tcpNotSentLowat = 25 // linux/tcp.h
 	if t, ok := c.(*net.TCPConn); ok {
 		t.SetNoDelay(true)
-		if raw := rawOf(c); raw != nil {
+		if raw, err := t.SyscallConn(); err == nil {
 			raw.Control(func(fd uintptr) {
 				_ = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpNotSentLowat, notSent)
 			})

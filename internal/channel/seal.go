@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/socket"
 	"github.com/portal-tunnel/portal/routing"
 )
 
@@ -43,7 +44,7 @@ var errControl = errors.New("the other end does not read what it is told")
 // While idle it runs on the goroutine of whoever sends.
 type sealer struct {
 	actor *routing.Actor
-	lane  net.Conn
+	lane  *socket.Writer
 	fail  func(error) // ends the channel
 	lost  func(error) // ends it too, when the reader has read the rest
 
@@ -66,15 +67,15 @@ type sealer struct {
 	budget  atomic.Int32 // payload bytes a buffer should have
 
 	// Owned by the running actor.
-	records      *records
-	spareSlots   []slot
-	spareData    []waiting
-	pack         *buffer.Buffer   // small frames on their way into one record
-	held         []*buffer.Buffer // sealed, on their way into one write
-	heldPayload  int              // of held
-	quick        int              // how much may go out together
-	vector, rest net.Buffers      // held, for that write
-	aged         atomic.Bool
+	records     *records
+	spareSlots  []slot
+	spareData   []waiting
+	pack        *buffer.Buffer   // small frames on their way into one record
+	held        []*buffer.Buffer // sealed, on their way into one write
+	heldPayload int              // of held
+	quick       int              // how much may go out together
+	vector      net.Buffers      // held, for that write
+	aged        atomic.Bool
 }
 
 type slot struct {
@@ -478,26 +479,21 @@ func (s *sealer) out(b *buffer.Buffer) error {
 
 // push writes what is sealed, in the order in which it was sealed.
 func (s *sealer) push() (err error) {
+	if len(s.held) == 0 {
+		return nil
+	}
 	n := s.heldPayload
 	large := n > buffer.Shared
 	var start time.Time
 	if large {
 		start = time.Now()
 	}
-	switch len(s.held) {
-	case 0:
-		return nil
-	case 1:
-		_, err = s.lane.Write(s.held[0].Bytes())
-	default:
-		for _, b := range s.held {
-			s.vector = append(s.vector, b.Bytes())
-		}
-		s.rest = s.vector
-		_, err = s.rest.WriteTo(s.lane) // of a socket one writev(2)
-		clear(s.vector)
-		s.vector, s.rest = s.vector[:0], nil
+	for _, b := range s.held {
+		s.vector = append(s.vector, b.Bytes())
 	}
+	err = s.lane.Write(s.vector)
+	clear(s.vector)
+	s.vector = s.vector[:0]
 	s.release()
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrCut, err)

@@ -16,6 +16,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/memnet"
+	"github.com/portal-tunnel/portal/internal/socket"
 )
 
 // blocked is an open channel whose end a is in a write that the lane does not
@@ -393,7 +394,7 @@ func TestSendingAllocatesNothing(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		a, b, _, _ := open(t, memnet.Link{})
-		a.end.sealer.lane = sink{}
+		a.end.sealer.lane = socket.NewWriter(sink{})
 		q := new(buffer.Queue)
 		for name, n := range map[string]int{"a keystroke": 1, "a frame": 16 << 10, "a full frame": 60 << 10} {
 			send := func() {

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/socket"
 )
 
 // local is the socket that a stream is joined to.
@@ -79,7 +80,7 @@ func (c *Conn) JoinChecked(l net.Conn, check func([]byte) error) error {
 		return why
 	}
 	c.local.conn = l
-	c.local.raw = rawOf(l)
+	c.local.raw = socket.Raw(l)
 	c.local.now.init()
 	wake := !c.emptyLocked() || c.ended
 	c.recv.Unlock()

@@ -1,56 +1,25 @@
 package stream
 
 import (
-	"net"
-	"syscall"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/internal/socket"
 )
 
 // maxWrite is how many frames of one lane read leave in one write.
 const maxWrite = 16
-
-// rawOf gives the descriptor of a socket that can be read and written without
-// waiting, nil for any other connection.
-func rawOf(c net.Conn) syscall.RawConn {
-	switch s := c.(type) {
-	case *net.TCPConn:
-		raw, err := s.SyscallConn()
-		if err == nil {
-			return raw
-		}
-	case *net.UnixConn:
-		raw, err := s.SyscallConn()
-		if err == nil {
-			return raw
-		}
-	}
-	return nil
-}
 
 // attempt is one read without waiting, scattered over as many frames as were
 // asked for. False parks the goroutine until the socket is readable.
 func (r *reader) attempt(fd uintptr) bool {
 	b := buffer.ForPayload(r.max)
 	r.slots = b.Slots(r.slots[:0], r.max)
-	for {
-		if len(r.slots) == 1 {
-			r.n, r.err = unix.Read(int(fd), r.slots[0])
-		} else {
-			r.n, r.err = unix.Readv(int(fd), r.slots)
-		}
-		if r.err != unix.EINTR {
-			break
-		}
-	}
-	if r.err == unix.EAGAIN {
+	if r.n, r.err = socket.Read(fd, r.slots...); r.err == unix.EAGAIN {
 		b.Release()
 		r.err = nil
 		return false
 	}
-	r.n = max(r.n, 0)
 	r.buf = b
 	return true
 }
@@ -87,20 +56,9 @@ type nowWriter struct {
 func (w *nowWriter) init() { w.try = w.attempt }
 
 func (w *nowWriter) attempt(fd uintptr) bool {
-	for {
-		if len(w.data) == 1 {
-			w.n, w.err = unix.Write(int(fd), w.data[0])
-		} else {
-			w.n, w.err = unix.Writev(int(fd), w.data)
-		}
-		if w.err != unix.EINTR {
-			break
-		}
+	if w.n, w.err = socket.Write(fd, w.data...); w.err == unix.EAGAIN {
+		w.err = nil
 	}
-	if w.err == unix.EAGAIN {
-		w.n, w.err = 0, nil
-	}
-	w.n = max(w.n, 0)
 	return true
 }
 

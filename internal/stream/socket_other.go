@@ -2,16 +2,10 @@
 
 package stream
 
-import (
-	"net"
-	"syscall"
-)
-
 // maxWrite is how many frames of one lane read are delivered at once.
 const maxWrite = 16
 
-// Elsewhere every local connection is read and written in the ordinary way.
-func rawOf(net.Conn) syscall.RawConn { return nil }
+// Elsewhere there are no raw connections: see package socket.
 
 func (r *reader) attempt(uintptr) bool { return true }
 

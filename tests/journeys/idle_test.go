@@ -139,8 +139,8 @@ func asService() *exec.Cmd {
 }
 
 // settled waits until a process has at most want descriptors; with 0 it says how many there are. A relay may
-// have four more: the runtime keeps the pipes that splice(2) needs for the two directions of a lane, when
-// that is over, until a collection or the next lane.
+// have four more: it keeps the pipes for the two directions of a lane, when that is over, until a
+// collection or the next lane.
 func settled(t testing.TB, p *process.Process, want int) int {
 	t.Helper()
 	m, err := baseline.Of(p.Pid())

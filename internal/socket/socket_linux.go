@@ -1,0 +1,88 @@
+package socket
+
+import (
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Raw gives the descriptor of a TCP or Unix socket, for the calls of this package; nil for any other
+// connection. The functions that its Read and Write are given return false to wait.
+func Raw(c net.Conn) syscall.RawConn {
+	switch c.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		if raw, err := c.(syscall.Conn).SyscallConn(); err == nil {
+			return raw
+		}
+	}
+	return nil
+}
+
+// Read is read(2), or readv(2) into several buffers, at most 64. The error is unix.EAGAIN when there is
+// nothing yet; n is 0 with any error, and without one at the end.
+func Read(fd uintptr, bufs ...[]byte) (n int, err error) {
+	for {
+		if len(bufs) == 1 {
+			n, err = read(int(fd), bufs[0])
+		} else {
+			n, err = readv(int(fd), bufs[:min(len(bufs), most)])
+		}
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+// Write is write(2), or writev(2) of several buffers, of which it takes 64 at most. The error is
+// unix.EAGAIN when nothing is taken now; n is 0 with any error.
+func Write(fd uintptr, bufs ...[]byte) (n int, err error) {
+	for {
+		if len(bufs) == 1 {
+			n, err = write(int(fd), bufs[0])
+		} else {
+			n, err = writev(int(fd), bufs[:min(len(bufs), most)])
+		}
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+// Splice is splice(2): at most n bytes from one descriptor to the other, one of which is a pipe's. The
+// error is unix.EAGAIN when nothing can be moved now; moved is 0 with any error, and without one at
+// the end.
+func Splice(from, to uintptr, n int) (moved int, err error) {
+	for {
+		moved, err = splice(int(from), int(to), n)
+		if err != unix.EINTR {
+			return max(moved, 0), err
+		}
+	}
+}
+
+// most buffers go into one call.
+const most = 64
+
+func (w *Writer) attempt(fd uintptr) bool {
+	for len(w.rest) > 0 {
+		n, err := Write(fd, w.rest...)
+		if err == unix.EAGAIN {
+			return false
+		}
+		if err != nil {
+			w.err = err
+			return true
+		}
+		for n > 0 || len(w.rest) > 0 && len(w.rest[0]) == 0 {
+			if k := len(w.rest[0]); n >= k {
+				n -= k
+				w.rest[0], w.rest = nil, w.rest[1:]
+				continue
+			}
+			w.rest[0] = w.rest[0][n:]
+			break
+		}
+	}
+	return true
+}

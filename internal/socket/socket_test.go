@@ -1,0 +1,194 @@
+//go:build linux
+
+package socket_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/portal-tunnel/portal/internal/alloc"
+	"github.com/portal-tunnel/portal/internal/socket"
+)
+
+// pair is two ends of a TCP connection.
+func pair(t *testing.T) (near, far *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	a, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// pieces are n buffers of which some are empty, and all of them in one.
+func pieces(n, longest int) (all []byte, bufs net.Buffers) {
+	rng := rand.New(rand.NewPCG(1, uint64(n)))
+	for range n {
+		b := make([]byte, rng.IntN(longest+1))
+		for i := range b {
+			b[i] = byte(rng.Uint32())
+		}
+		bufs, all = append(bufs, b), append(all, b...)
+	}
+	return all, bufs
+}
+
+func TestAWriterWritesAllInOrder(t *testing.T) {
+	for _, kind := range []string{"a socket", "any connection"} {
+		for _, c := range []struct{ n, longest int }{{0, 0}, {1, 0}, {1, 100}, {1, 20 << 20}, {3, 100}, {3, 4 << 20}, {64, 1000}, {65, 1000}, {1000, 64 << 10}} {
+			var near, far net.Conn = pair(t)
+			if kind == "any connection" {
+				near, far = net.Pipe()
+			}
+			all, bufs := pieces(c.n, c.longest)
+			wrote := make(chan error, 1)
+			go func() {
+				wrote <- socket.NewWriter(near).Write(bufs)
+				near.Close()
+			}()
+			got, err := io.ReadAll(far)
+			if err != nil || !bytes.Equal(got, all) {
+				t.Errorf("%s: %d buffers of up to %d: %d bytes of %d, %v", kind, c.n, c.longest, len(got), len(all), err)
+			}
+			if err := <-wrote; err != nil {
+				t.Errorf("%s: %v", kind, err)
+			}
+			far.Close()
+		}
+	}
+}
+
+func TestAWriterSaysWhyItFails(t *testing.T) {
+	near, far := pair(t)
+	far.SetLinger(0)
+	far.Close()
+	w := socket.NewWriter(near)
+	var err error
+	for err == nil { // the first may be there before the reset
+		err = w.Write(net.Buffers{[]byte("a"), []byte("b")})
+	}
+	if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("to a connection that was reset: %v", err)
+	}
+	near.Close()
+	if err := w.Write(net.Buffers{[]byte("a")}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("to one that is closed: %v", err)
+	}
+}
+
+// Who waits for a connection that takes no more is told when that is closed.
+func TestAWriterWaitsUntilTheConnectionIsClosed(t *testing.T) {
+	near, _ := pair(t)
+	raw := socket.Raw(near)
+	full := make([]byte, 1<<20)
+	if err := raw.Write(func(fd uintptr) bool {
+		for {
+			if _, err := socket.Write(fd, full); err != nil {
+				if err != syscall.EAGAIN {
+					t.Error(err)
+				}
+				return true
+			}
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- socket.NewWriter(near).Write(net.Buffers{full, full}) }()
+	near.Close()
+	if err := <-failed; !errors.Is(err, net.ErrClosed) {
+		t.Error(err)
+	}
+}
+
+func TestReadTellsNothingYetFromTheEnd(t *testing.T) {
+	near, far := pair(t)
+	raw := socket.Raw(near)
+	read := func(bufs ...[]byte) (n int, err error) {
+		raw.Control(func(fd uintptr) { n, err = socket.Read(fd, bufs...) })
+		return n, err
+	}
+	one, two := make([]byte, 3), make([]byte, 3)
+	if n, err := read(one); n != 0 || err != syscall.EAGAIN {
+		t.Errorf("nothing yet: %d, %v", n, err)
+	}
+	if n, err := read(one, two); n != 0 || err != syscall.EAGAIN {
+		t.Errorf("nothing yet, into two: %d, %v", n, err)
+	}
+	readable := func() {
+		first := true
+		if err := raw.Read(func(uintptr) bool { first = !first; return first }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	far.Write([]byte("abcde"))
+	readable()
+	if n, err := read(one, two); n != 5 || err != nil || string(one)+string(two[:2]) != "abcde" {
+		t.Errorf("%d, %v, %q %q", n, err, one, two)
+	}
+	far.CloseWrite()
+	readable()
+	if n, err := read(one); n != 0 || err != nil {
+		t.Errorf("the end: %d, %v", n, err)
+	}
+}
+
+func TestOnlySocketsAreRaw(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+	if socket.Raw(near) != nil {
+		t.Error("a pipe in memory is none")
+	}
+}
+
+func TestCallsAllocateNothing(t *testing.T) {
+	if alloc.Raced {
+		t.Log("NOT RUN: with the race detector other calls are made")
+		return
+	}
+	near, far := pair(t)
+	in, out := socket.Raw(far), socket.NewWriter(near)
+	b := make([]byte, 100)
+	bufs := net.Buffers{b, b, b}
+	work := make(net.Buffers, len(bufs))
+	got := [][]byte{make([]byte, 200), make([]byte, 200)}
+	left := 0
+	take := func(fd uintptr) bool {
+		n, err := socket.Read(fd, got...)
+		left -= n
+		return err != syscall.EAGAIN
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		copy(work, bufs)
+		if err := out.Write(work); err != nil {
+			t.Fatal(err)
+		}
+		for left = 300; left > 0; {
+			if err := in.Read(take); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	if !slices.EqualFunc(bufs, net.Buffers{b, b, b}, bytes.Equal) {
+		t.Error("what was copied has changed")
+	}
+}
