@@ -55,13 +55,12 @@ func newLeg(t *testing.T) *leg {
 
 // send writes n bytes in pieces of up to longest, ends, and gives their hash.
 func (l *leg) send(t *testing.T, n, longest int) (sum [32]byte) {
-	h, rng := sha256.New(), rand.New(rand.NewPCG(uint64(n), uint64(longest)))
+	source := rand.NewChaCha8([32]byte{byte(n), byte(longest)})
+	h, rng := sha256.New(), rand.New(source)
 	b := make([]byte, longest)
 	for n > 0 {
 		piece := b[:min(n, 1+rng.IntN(longest))]
-		for i := range piece {
-			piece[i] = byte(rng.Uint32())
-		}
+		source.Read(piece)
 		h.Write(piece)
 		if _, err := l.from.Write(piece); err != nil {
 			t.Error(err)
