@@ -131,6 +131,10 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 		switch {
 		case err == nil:
 		case errors.Is(err, io.EOF):
+			if c.toldAWriter() {
+				c.localFailed()
+				return
+			}
 			if err := c.CloseWrite(); err != nil {
 				c.kill(&ResetError{Code: CodeChannel, Reason: err.Error(), Local: true}, true)
 				return
@@ -144,6 +148,15 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 			return
 		}
 	}
+}
+
+// toldAWriter reports whether what looks like the end of the local connection is a reset: the kernel
+// says that once, to whoever reads or writes first, and to the other it says an end.
+func (c *Conn) toldAWriter() bool {
+	c.recv.Lock()
+	defer c.recv.Unlock()
+	// Behind our own end nothing is written, and a connection may be over in good order.
+	return !c.local.ended && c.local.isReset()
 }
 
 // reader reads a local connection into frames, taking a buffer only when bytes

@@ -160,6 +160,41 @@ func TestResetOfASocketIsAResetOfTheOther(t *testing.T) {
 	stop(t, x, y)
 }
 
+// The kernel says once that a connection was reset. Whoever reads after a writer was told sees an end,
+// which must not go on as one.
+func TestAResetThatAWriterWasToldIsNoEnd(t *testing.T) {
+	x, y, incoming := overLoopback(t, stream.Limits{})
+	c, d := open(t, x, incoming)
+	far, near := overTCP(t)
+	far.Write([]byte("a part"))
+	got := make([]byte, 6)
+	if _, err := io.ReadFull(near, got); err != nil {
+		t.Fatal(err)
+	}
+	far.SetLinger(0)
+	far.Close()
+	raw, err := near.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for told := 0; told == 0; { // as a write does, SO_ERROR takes it
+		raw.Control(func(fd uintptr) { told, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR) })
+		if err != nil || told != 0 && told != int(syscall.ECONNRESET) {
+			t.Fatal(told, err)
+		}
+	}
+	joined := make(chan error, 1)
+	go func() { joined <- c.Join(near) }()
+	if _, err := d.Read(got); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the other end reads %v", err)
+	}
+	d.Close()
+	if err := <-joined; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("Join returned %v", err)
+	}
+	stop(t, x, y)
+}
+
 // linger reads SO_LINGER.
 func linger(t *testing.T, fd int) (on, seconds int32) {
 	t.Helper()

@@ -24,6 +24,21 @@ func (r *reader) attempt(fd uintptr) bool {
 	return true
 }
 
+// isReset reports whether a TCP socket is over though its own end has not been sent. One whose peer
+// has ended is not: it is in CLOSE-WAIT.
+func (l *local) isReset() bool {
+	if l.raw == nil {
+		return false
+	}
+	const closed = 7 // TCP_CLOSE of linux/tcp_states.h
+	reset := false
+	l.raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		reset = err == nil && info.State == closed
+	})
+	return reset
+}
+
 // awaitReset waits, behind the end of what the socket's peer sends, for a reset
 // of it: reads no longer tell. It returns false when the stream is over: then
 // the socket is closed or its read deadline is past.

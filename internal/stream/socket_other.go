@@ -12,6 +12,9 @@ func (r *reader) attempt(uintptr) bool { return true }
 // A reset behind the peer's end shows with the next write to it.
 func (r *reader) awaitReset() bool { return false }
 
+// Not known here: a reset that a writer was told looks like an end to the reader.
+func (*local) isReset() bool { return false }
+
 type nowWriter struct{}
 
 func (*nowWriter) init() {}
