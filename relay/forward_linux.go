@@ -65,7 +65,11 @@ func (f *forwarder) take(fd uintptr) bool {
 		n, f.err = socket.Splice(fd, f.pipe.in, pipeSize)
 		f.held = n
 		f.busy = n > buffer.Shared
-	} else {
+		if n == 0 && f.err == nil {
+			f.rest() // the end, or an urgent byte, before which it stops: a read tells
+		}
+	}
+	if f.pipe == nil {
 		f.buf = buffer.Get(buffer.Shared)
 		n, f.err = socket.Read(fd, f.buf.Raw())
 		f.data = f.buf.Raw()[:n]
@@ -155,7 +159,7 @@ func getPipe() *pipe {
 		pipeLeft.Add(1)
 		return nil
 	}
-	// Where that is refused, it takes 64 KiB at once.
+	// Where that is refused it takes what the kernel gives, 64 KiB or, to a user who has many, 8.
 	unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, pipeSize)
 	p := &pipe{in: uintptr(fds[1]), out: uintptr(fds[0])}
 	p.cleanup = runtime.AddCleanup(p, closePipe, fds)

@@ -56,8 +56,8 @@ const DefaultLanes = 8192
 
 // MaxPipes is how many pipes a process has at most, of two descriptors each: one for a direction
 // of a lane while much goes by, or for as long as its reader stops; without one bytes are copied.
-// Together they hold 64 MiB, from where on Linux gives no more to one user (pipe-user-pages-soft).
-const MaxPipes = 256
+// Together they hold 60 MiB: from 64 on Linux gives one user small ones only (pipe-user-pages-soft).
+const MaxPipes = 240
 
 const (
 	defaultLanesEach     = 2048

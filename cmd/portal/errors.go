@@ -190,7 +190,7 @@ var kinds = []struct {
 	{codeRefused, either(as[*channel.Refused], refusedChannel)},
 	{codeState, either(is(syscall.ENOSPC), is(syscall.EDQUOT), is(syscall.EROFS), is(fs.ErrPermission))},
 	{codeUnreachable, either(as[*authority.UnreachableError], is(authority.ErrUnavailable), is(context.DeadlineExceeded),
-		as[*net.OpError], as[*net.DNSError], as[*channel.Closed], as[*stream.ResetError])},
+		is(channel.ErrCut), is(channel.ErrDead), as[*net.OpError], as[*net.DNSError], as[*channel.Closed], as[*stream.ResetError])},
 }
 
 func as[E error](err error) bool {

@@ -8,15 +8,28 @@ import (
 )
 
 // Raw gives the descriptor of a TCP or Unix socket, for the calls of this package; nil for any other
-// connection. The functions that its Read and Write are given return false to wait.
+// connection, and for a socket that was set to wait, as os.File.Fd does to one that it is asked for:
+// there a call would keep a core for as long as it waits. The functions that Read and Write of
+// what is returned are given return false to wait.
 func Raw(c net.Conn) syscall.RawConn {
 	switch c.(type) {
 	case *net.TCPConn, *net.UnixConn:
-		if raw, err := c.(syscall.Conn).SyscallConn(); err == nil {
-			return raw
-		}
+	default:
+		return nil
 	}
-	return nil
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return nil
+	}
+	waits := true
+	raw.Control(func(fd uintptr) {
+		flags, err := unix.FcntlInt(fd, unix.F_GETFL, 0)
+		waits = err != nil || flags&unix.O_NONBLOCK == 0
+	})
+	if waits {
+		return nil
+	}
+	return raw
 }
 
 // Read is read(2), or readv(2) into several buffers, at most 64. The error is unix.EAGAIN when there is

@@ -155,6 +155,19 @@ func TestOnlySocketsAreRaw(t *testing.T) {
 	if socket.Raw(near) != nil {
 		t.Error("a pipe in memory is none")
 	}
+	waiting, _ := pair(t)
+	f, err := waiting.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if socket.Raw(waiting) == nil {
+		t.Error("a socket is one")
+	}
+	f.Fd() // sets both to wait
+	if socket.Raw(waiting) != nil {
+		t.Error("one that was set to wait is none")
+	}
 }
 
 func TestCallsAllocateNothing(t *testing.T) {
