@@ -3,9 +3,9 @@ package relay
 import (
 	"io"
 	"net"
-	"runtime"
+	"slices"
 	"sync"
-	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -59,7 +59,7 @@ type forwarder struct {
 func (f *forwarder) take(fd uintptr) bool {
 	var n int
 	if f.busy {
-		f.pipe = getPipe()
+		f.pipe = pipes.get()
 	}
 	if f.pipe != nil {
 		n, f.err = socket.Splice(fd, f.pipe.in, pipeSize)
@@ -120,7 +120,7 @@ func (f *forwarder) rest() {
 		f.buf, f.data = nil, nil
 	}
 	if f.pipe != nil {
-		pipes.Put(f.pipe)
+		pipes.put(f.pipe)
 		f.pipe = nil
 	}
 }
@@ -128,51 +128,88 @@ func (f *forwarder) rest() {
 // drop gives back all. A pipe with bytes in it is of no more use.
 func (f *forwarder) drop() {
 	if f.held > 0 {
-		f.pipe.close()
+		pipes.close(f.pipe)
 		f.pipe = nil
 	}
 	f.rest()
 }
 
-// A pipe has one owner, or is in the pool, from where the collector takes it.
-type pipe struct {
-	in, out uintptr
-	cleanup runtime.Cleanup
+// A pipe has one owner, or is idle in the pool.
+type pipe struct{ in, out uintptr }
+
+// pipeIdle is how long a pipe is kept that nobody needs: bulk needs it again within milliseconds.
+const pipeIdle = time.Second
+
+// pipes are those of this process.
+var pipes pipePool
+
+// A pipePool owns its idle pipes. It closes them itself and leaves none to the collector,
+// which comes minutes later to a process that does nothing.
+type pipePool struct {
+	mu       sync.Mutex
+	open     int     // those with an owner and those without
+	idle     []*pipe // the last one that was used is last
+	unneeded int     // so many of idle, from the first, had no owner since the last trim
+	trimming bool    // a timer will trim
 }
 
-var (
-	pipes    sync.Pool
-	pipeLeft = func() *atomic.Int32 { n := new(atomic.Int32); n.Store(MaxPipes); return n }()
-)
-
-// getPipe gives an empty pipe, or nil when there are too many or there is no descriptor for one.
-func getPipe() *pipe {
-	if p, ok := pipes.Get().(*pipe); ok {
+// get gives an empty pipe, or nil when there are too many or there is no descriptor for one.
+func (l *pipePool) get() *pipe {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n := len(l.idle); n > 0 {
+		p := l.idle[n-1]
+		l.idle = l.idle[:n-1]
+		l.unneeded = min(l.unneeded, n-1)
 		return p
 	}
-	if pipeLeft.Add(-1) < 0 {
-		pipeLeft.Add(1)
+	if l.open == MaxPipes {
 		return nil
 	}
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		pipeLeft.Add(1)
 		return nil
 	}
 	// Where that is refused it takes what the kernel gives, 64 KiB or, to a user who has many, 8.
 	unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, pipeSize)
-	p := &pipe{in: uintptr(fds[1]), out: uintptr(fds[0])}
-	p.cleanup = runtime.AddCleanup(p, closePipe, fds)
-	return p
+	l.open++
+	return &pipe{in: uintptr(fds[1]), out: uintptr(fds[0])}
 }
 
-func (p *pipe) close() {
-	p.cleanup.Stop()
-	closePipe([2]int{int(p.out), int(p.in)})
+// put takes a pipe back that is empty.
+func (l *pipePool) put(p *pipe) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.idle = append(l.idle, p)
+	if !l.trimming {
+		l.trimming = true
+		time.AfterFunc(pipeIdle, l.trim)
+	}
 }
 
-func closePipe(fds [2]int) {
-	unix.Close(fds[0])
-	unix.Close(fds[1])
-	pipeLeft.Add(1)
+// close takes a pipe back that is not.
+func (l *pipePool) close(p *pipe) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed(p)
+}
+
+// trim closes what was unneeded since the last time.
+func (l *pipePool) trim() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed(l.idle[:l.unneeded]...)
+	l.idle = slices.Delete(l.idle, 0, l.unneeded)
+	l.unneeded = len(l.idle)
+	if l.trimming = l.unneeded > 0; l.trimming {
+		time.AfterFunc(pipeIdle, l.trim)
+	}
+}
+
+func (l *pipePool) closed(all ...*pipe) {
+	for _, p := range all {
+		unix.Close(int(p.in))
+		unix.Close(int(p.out))
+		l.open--
+	}
 }

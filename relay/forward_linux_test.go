@@ -11,43 +11,32 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/relay"
+	"github.com/portal-tunnel/portal/tests/serving"
 )
 
 // A leg is one direction through a forwarder, from end to end.
 type leg struct {
-	from, to net.Conn   // at the ends
-	in, out  net.Conn   // the forwarder's
-	done     chan error // what forward returned
+	from, to *net.TCPConn // at the ends
+	in, out  *net.TCPConn // the forwarder's
+	done     chan error   // what forward returned
 }
 
 func newLeg(t *testing.T) *leg {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	pair := func() (far, near net.Conn) {
-		far, err := net.Dial("tcp", ln.Addr().String())
-		if err == nil {
-			near, err = ln.Accept()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { far.Close(); near.Close() })
-		return far, near
-	}
 	l := &leg{done: make(chan error, 1)}
-	l.from, l.in = pair()
-	l.to, l.out = pair()
+	l.from, l.in = serving.Pair(t)
+	l.to, l.out = serving.Pair(t)
 	go func() {
 		err := relay.Forward(l.out, l.in)
 		l.out.Close()
+		l.in.Close()
 		l.done <- err
 	}()
 	return l
@@ -68,7 +57,7 @@ func (l *leg) send(t *testing.T, n, longest int) (sum [32]byte) {
 		}
 		n -= len(piece)
 	}
-	l.from.(*net.TCPConn).CloseWrite()
+	l.from.CloseWrite()
 	return [32]byte(h.Sum(nil))
 }
 
@@ -103,9 +92,9 @@ func TestReadersThatStopKeepNobodyElseFromForwarding(t *testing.T) {
 		l := newLeg(t)
 		legs[i] = l
 		// Small, or that many fill what the kernel has for all sockets of a machine.
-		l.to.(*net.TCPConn).SetReadBuffer(piece / 4)
-		l.out.(*net.TCPConn).SetWriteBuffer(piece / 4)
-		l.in.(*net.TCPConn).SetReadBuffer(2 * piece)
+		l.to.SetReadBuffer(piece / 4)
+		l.out.SetWriteBuffer(piece / 4)
+		l.in.SetReadBuffer(2 * piece)
 		writers.Go(func() { l.from.Write(make([]byte, 16*piece)) }) // until it is cut
 		readers.Go(func() {
 			if _, err := io.ReadFull(l.to, make([]byte, 2*piece)); err != nil {
@@ -141,13 +130,97 @@ func TestReadersThatStopKeepNobodyElseFromForwarding(t *testing.T) {
 	noPipes(t)
 }
 
-// noPipes waits until the collector has closed those in the pool.
+// noPipes waits until those that nobody needs are closed.
 func noPipes(t *testing.T) {
 	t.Helper()
-	for i := 0; relay.Pipes() > 0; i++ {
-		if runtime.GC(); i > 1000 {
+	for end := time.Now().Add(time.Minute); relay.Pipes() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
 			t.Fatalf("%d pipes are left", relay.Pipes())
 		}
+	}
+}
+
+func TestForwardingKeepsPipesThatAreNeeded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var pool relay.PipePool
+		pool.Use(5)
+		for range 10 { // two are needed again and again
+			time.Sleep(900 * time.Millisecond)
+			pool.Use(2)
+		}
+		if n := pool.Count(); n != 2 {
+			t.Errorf("%d pipes where two are needed", n)
+		}
+		time.Sleep(3 * time.Second)
+		if n := pool.Count(); n != 0 {
+			t.Errorf("%d pipes that nobody needs", n)
+		}
+		pool.Use(relay.MaxPipes)
+		if n := pool.Count(); n != relay.MaxPipes {
+			t.Errorf("%d pipes where %d are needed", n, relay.MaxPipes)
+		}
+		time.Sleep(3 * time.Second)
+		if n := pool.Count(); n != 0 {
+			t.Errorf("%d pipes that nobody needs", n)
+		}
+	})
+}
+
+// What a lane held while it was busy it does not hold when it is idle.
+func TestForwardingHoldsNoPipeForAnIdleLane(t *testing.T) {
+	l := newLeg(t)
+	for _, n := range []int{4 << 20, 100} {
+		sent := make(chan error, 1)
+		go func() {
+			_, err := l.from.Write(make([]byte, n))
+			sent <- err
+		}()
+		if _, err := io.ReadFull(l.to, make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-sent; err != nil {
+			t.Fatal(err)
+		}
+		noPipes(t)
+	}
+	l.from.CloseWrite()
+	if err := <-l.done; err != nil {
+		t.Error(err)
+	}
+}
+
+// A splice stops before an urgent byte as at an end, which it is not. TCP takes that byte out of the stream.
+func TestForwardingLosesNothingAtAnUrgentByte(t *testing.T) {
+	const before, after = 8 << 20, 100_000
+	l := newLeg(t)
+	raw, err := l.from.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := l.from.Write(bytes.Repeat([]byte("b"), before))
+		if e := raw.Write(func(fd uintptr) bool {
+			e := unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil)
+			if e != unix.EAGAIN {
+				err = errors.Join(err, e)
+			}
+			return e != unix.EAGAIN
+		}); e != nil {
+			err = e
+		}
+		_, e := l.from.Write(bytes.Repeat([]byte("a"), after))
+		sent <- errors.Join(err, e, l.from.CloseWrite())
+	}()
+	got, err := io.ReadAll(l.to)
+	if err != nil {
+		t.Error(err)
+	}
+	if b, a := bytes.Count(got, []byte("b")), bytes.Count(got, []byte("a")); b != before || a != after || len(got) != a+b {
+		t.Errorf("%d bytes before the urgent one and %d behind it, of %d", b, a, len(got))
+	}
+	if err := errors.Join(<-sent, <-l.done); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -167,14 +240,8 @@ func TestAResetOnEitherSideEndsForwardingByAnError(t *testing.T) {
 				stream.Abort(l.from)
 			} else {
 				stream.Abort(l.to)
-				for err := error(nil); err == nil; {
+				for err := error(nil); err == nil; { // until it is passed on
 					_, err = l.from.Write(b)
-					select {
-					case err := <-l.done:
-						l.done <- err
-						l.from.Close()
-					default:
-					}
 				}
 			}
 			if err := <-l.done; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {

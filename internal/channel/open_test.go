@@ -2,7 +2,6 @@ package channel
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -12,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
+	"github.com/portal-tunnel/portal/tests/serving"
 )
 
 // chunked is a lane that gives its bytes in pieces, over and over of the given
@@ -144,13 +144,7 @@ func TestLaneReaderGrowsWithTheLane(t *testing.T) {
 }
 
 func TestLaneReaderOnASocketHoldsNoBufferWhileItWaits(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
-	defer ln.Close()
-	c, err := new(net.Dialer).DialContext(context.Background(), "tcp", ln.Addr().String())
-	check(t, err)
-	defer c.Close()
-	s := must(ln.Accept())(t)
+	c, s := serving.Pair(t)
 	l := newLaneReader(s)
 	if l.raw == nil {
 		t.Fatal("a TCP connection is not read by its descriptor")
@@ -165,8 +159,7 @@ func TestLaneReaderOnASocketHoldsNoBufferWhileItWaits(t *testing.T) {
 		go c.Write(rec)
 		for got := []byte(nil); got == nil; {
 			check(t, l.fill())
-			got, err = l.record()
-			check(t, err)
+			got = must(l.record())(t)
 		}
 		if l.r != l.w {
 			t.Fatalf("%d bytes too many", l.w-l.r)
@@ -174,7 +167,7 @@ func TestLaneReaderOnASocketHoldsNoBufferWhileItWaits(t *testing.T) {
 	}
 	waits := make(chan error)
 	go func() { waits <- l.fill() }()
-	c.(*net.TCPConn).CloseWrite()
+	c.CloseWrite()
 	if err := <-waits; err != io.EOF {
 		t.Errorf("the end of the lane: %v", err)
 	}

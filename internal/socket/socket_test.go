@@ -14,27 +14,8 @@ import (
 
 	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/socket"
+	"github.com/portal-tunnel/portal/tests/serving"
 )
-
-// pair is two ends of a TCP connection.
-func pair(t *testing.T) (near, far *net.TCPConn) {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	a, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { a.Close(); b.Close() })
-	return a.(*net.TCPConn), b.(*net.TCPConn)
-}
 
 // pieces are n buffers of which some are empty, and all of them in one.
 func pieces(n, longest int) (all []byte, bufs net.Buffers) {
@@ -51,7 +32,7 @@ func pieces(n, longest int) (all []byte, bufs net.Buffers) {
 func TestAWriterWritesAllInOrder(t *testing.T) {
 	for _, kind := range []string{"a socket", "any connection"} {
 		for _, c := range []struct{ n, longest int }{{0, 0}, {1, 0}, {1, 100}, {1, 20 << 20}, {3, 100}, {3, 4 << 20}, {64, 1000}, {65, 1000}, {1000, 8 << 10}} {
-			var near, far net.Conn = pair(t)
+			var near, far net.Conn = serving.Pair(t)
 			if kind == "any connection" {
 				near, far = net.Pipe()
 			}
@@ -74,7 +55,7 @@ func TestAWriterWritesAllInOrder(t *testing.T) {
 }
 
 func TestAWriterSaysWhyItFails(t *testing.T) {
-	near, far := pair(t)
+	near, far := serving.Pair(t)
 	far.SetLinger(0)
 	far.Close()
 	w := socket.NewWriter(near)
@@ -93,7 +74,7 @@ func TestAWriterSaysWhyItFails(t *testing.T) {
 
 // Who waits for a connection that takes no more is told when that is closed.
 func TestAWriterWaitsUntilTheConnectionIsClosed(t *testing.T) {
-	near, _ := pair(t)
+	near, _ := serving.Pair(t)
 	raw := socket.Raw(near)
 	full := make([]byte, 1<<20)
 	if err := raw.Write(func(fd uintptr) bool {
@@ -117,7 +98,7 @@ func TestAWriterWaitsUntilTheConnectionIsClosed(t *testing.T) {
 }
 
 func TestReadTellsNothingYetFromTheEnd(t *testing.T) {
-	near, far := pair(t)
+	near, far := serving.Pair(t)
 	raw := socket.Raw(near)
 	read := func(bufs ...[]byte) (n int, err error) {
 		raw.Control(func(fd uintptr) { n, err = socket.Read(fd, bufs...) })
@@ -157,7 +138,7 @@ func TestOnlySocketsAreRaw(t *testing.T) {
 	if socket.Raw(near) != nil {
 		t.Error("a pipe in memory is none")
 	}
-	waiting, _ := pair(t)
+	waiting, _ := serving.Pair(t)
 	f, err := waiting.File()
 	if err != nil {
 		t.Fatal(err)
@@ -177,7 +158,7 @@ func TestCallsAllocateNothing(t *testing.T) {
 		t.Log("NOT RUN: with the race detector other calls are made")
 		return
 	}
-	near, far := pair(t)
+	near, far := serving.Pair(t)
 	in, out := socket.Raw(far), socket.NewWriter(near)
 	b := make([]byte, 100)
 	bufs := net.Buffers{b, b, b}

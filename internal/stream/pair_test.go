@@ -19,6 +19,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/routing"
+	"github.com/portal-tunnel/portal/tests/serving"
 )
 
 // side is one end of a channel with its streams.
@@ -211,20 +212,7 @@ func inMemory(testing.TB) (duplex, net.Conn) {
 // overTCP makes two ends of a TCP connection on the loopback interface.
 func overTCP(t testing.TB) (duplex, net.Conn) {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	a, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a.(*net.TCPConn), b
+	return serving.Pair(t)
 }
 
 // unixEnd is a Unix socket as a duplex; it cannot reset.

@@ -1,9 +1,11 @@
-// Package serving is a listener whose connections are each handled by a goroutine, and all ended by Close.
+// Package serving is a listener whose connections are each handled by a goroutine, and all ended by Close;
+// and, for who needs no more, the two ends of one connection.
 package serving
 
 import (
 	"net"
 	"sync"
+	"testing"
 )
 
 // Server owns its listener, its connections and their goroutines until Close.
@@ -68,4 +70,25 @@ func (s *Server) Close() {
 	}
 	s.mu.Unlock()
 	s.all.Wait()
+}
+
+// Pair is a TCP connection on the loopback interface: who dialled, who accepted. The test's end closes both.
+func Pair(t testing.TB) (dialled, accepted *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	a, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close() })
+	b, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.Close() })
+	return a.(*net.TCPConn), b.(*net.TCPConn)
 }
