@@ -37,7 +37,7 @@ const (
 	// counts. Measured; docs/figures.md has it.
 	halfOpenCost = 16 << 10 // a lane that has not proved itself
 	channelCost  = 32 << 10 // a confirmed channel without streams
-	laneCost     = 64 << 10 // a joined lane of a relay, with its pipes in the kernel
+	laneCost     = 64 << 10 // a joined lane of a relay: a buffer of 16 KiB each way while little goes by, two goroutines
 	streamCost   = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
 
 	// A joined lane of a relay has two sockets and, while much goes by, a pipe each way: of

@@ -18,6 +18,7 @@ import (
 	"github.com/portal-tunnel/portal/inlet"
 	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/authority"
+	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
 
@@ -249,6 +250,14 @@ func TestTicketThatCannotBeRevokedEitherIsNamed(t *testing.T) {
 	for _, want := range []string{"portal ticket revoke " + ref, "2030-01-02T03:04:05Z"} {
 		if !strings.Contains(f.remedy, want) {
 			t.Errorf("the remedy has no %q: %s", want, f.remedy)
+		}
+	}
+}
+
+func TestAChannelThatBreaksIsUnreachable(t *testing.T) {
+	for _, cause := range []error{channel.ErrCut, channel.ErrDead, fmt.Errorf("%w: %w", channel.ErrCut, syscall.ECONNRESET)} {
+		if f := classify(fmt.Errorf("asking for the names: %w", cause)); f.code != codeUnreachable {
+			t.Errorf("%v: %s", cause, f.code)
 		}
 	}
 }
