@@ -486,8 +486,8 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 	t.Logf("F-22: %d handshakes begun in %v (%d were no connection): %d descriptors at most, %d before; memory %.1f MiB at most, %.1f before; %.2f of a core; visits meanwhile %s; an open stream at %.0f %% of its pace, %.0f %% when others on the machine have the flood",
 		begun, lasts, refused, held, files, mib(most), mib(before), worked.Seconds()/(lasts*3/2).Seconds(), spread(took), 100*during, 100*others)
 	// It has been 0.89 to 1.01; 0.64 to 0.94 while each of them was accepted and closed, and 0.13 to
-	// 0.58 while each was answered. One minute is not like the next by a tenth.
-	if cores != "" && during < 0.8 {
+	// 0.58 while each was answered.
+	if cores != "" && during < 0.85 {
 		t.Errorf("an open stream has %.2f of its pace", during)
 	}
 	// Live are some 11 KiB each, 6 MiB of all; the rest is the collector's.
