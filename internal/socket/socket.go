@@ -3,8 +3,8 @@
 // A call that cannot wait need not be announced to the scheduler, which syscall.Read and
 // syscall.Write do: whoever is announced and then comes back late, for the kernel delivers what is
 // written to its own host in the same call, finds its place given to another thread, which was woken for
-// it. On Linux the calls here are made as they are. They last as long as the kernel copies, some
-// 50 µs for a quarter of a MiB, and a collection may wait as long.
+// it. On Linux the calls here are made as they are. They last as long as the kernel copies, and a
+// collection may wait as long.
 package socket
 
 import "net"

@@ -35,6 +35,7 @@ func Raw(c net.Conn) syscall.RawConn {
 // Read is read(2), or readv(2) into several buffers, at most 64. The error is unix.EAGAIN when there is
 // nothing yet; n is 0 with any error, and without one at the end.
 func Read(fd uintptr, bufs ...[]byte) (n int, err error) {
+	// Write has this loop again: by a function value bufs would escape to the heap.
 	for {
 		if len(bufs) == 1 {
 			n, err = read(int(fd), bufs[0])
