@@ -14,23 +14,27 @@ func (l *pipePool) Count() int {
 }
 
 // Use has n pipes at once.
-func (l *pipePool) Use(n int) {
+func (l *pipePool) Use(n int) { l.take(n)() }
+
+func (l *pipePool) take(n int) (giveBack func()) {
+	var all []*pipe
 	for range n {
-		defer l.put(l.get())
+		if p := l.get(); p != nil {
+			all = append(all, p)
+		}
+	}
+	return func() {
+		for _, p := range all {
+			l.put(p)
+		}
 	}
 }
 
 // Pipes is how many the process has.
 func Pipes() int { return pipes.Count() }
 
-// WithoutPipes runs f when there are no more to be had, and none idle.
+// WithoutPipes runs f when there are no more to be had: somebody else has them.
 func WithoutPipes(f func()) {
-	pipes.mu.Lock()
-	open, idle := pipes.open, pipes.idle
-	pipes.open, pipes.idle, pipes.unneeded = MaxPipes, nil, 0
-	pipes.mu.Unlock()
+	defer pipes.take(MaxPipes)()
 	f()
-	pipes.mu.Lock()
-	defer pipes.mu.Unlock()
-	pipes.open, pipes.idle = open, idle
 }

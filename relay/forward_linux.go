@@ -65,8 +65,8 @@ func (f *forwarder) take(fd uintptr) bool {
 		n, f.err = socket.Splice(fd, f.pipe.in, pipeSize)
 		f.held = n
 		f.busy = n > buffer.Shared
-		if n == 0 && f.err == nil {
-			f.rest() // the end, or an urgent byte, before which it stops: a read tells
+		if n == 0 && (f.err == nil || f.err == unix.EAGAIN) {
+			f.rest() // the end, nothing yet, or an urgent byte, before which it stops: a read tells
 		}
 	}
 	if f.pipe == nil {
