@@ -138,18 +138,13 @@ func asService() *exec.Cmd {
 	return cmd
 }
 
-// settled waits until a process has at most want descriptors; with 0 it says how many there are. A relay may
-// have four more: it keeps the pipes for the two directions of a lane, when that is over, until a
-// collection or the next lane.
+// settled waits until a process has at most want descriptors; with 0 it says how many there are.
 func settled(t testing.TB, p *process.Process, want int) int {
 	t.Helper()
 	m, err := baseline.Of(p.Pid())
 	if err == nil && want != 0 {
 		m.Descriptors = want
 		slack := baseline.Slack{Children: 1000} // which nobody asks about
-		if strings.Contains(p.Name, "relay") {
-			slack.Descriptors = 4
-		}
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		m, err = m.Back(ctx, slack)
