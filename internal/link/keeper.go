@@ -21,9 +21,10 @@ import (
 const (
 	// Back-off between dials, each ± 50 %: quick while an outage is young, so
 	// that a restart is hardly noticed; gentle later, so that a thousand inlets
-	// do not stampede.
+	// do not stampede. Who waits some 300 ms is back within a second of a
+	// relay's start, its start and both ends' handshakes included.
 	firstWait   = 50 * time.Millisecond
-	youngWait   = 500 * time.Millisecond
+	youngWait   = 300 * time.Millisecond
 	longestWait = 30 * time.Second
 	young       = time.Minute
 	// A channel that ended sooner is as good as a dial that failed: whoever takes
@@ -560,8 +561,7 @@ func (k *Keeper) State() State {
 }
 
 // Get returns the live channel and waits for one while there is none; who waits
-// is dialled for at least about twice a second. A
-// refusal is returned at once: waiting would not change it.
+// is dialled for about three times a second at least. A refusal is returned at once: waiting would not change it.
 func (k *Keeper) Get(ctx context.Context) (*Live, error) { return k.get(ctx, false) }
 
 // Try is Get for whoever has other ways: it also returns when a dial, begun or

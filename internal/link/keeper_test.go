@@ -19,7 +19,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/stream"
 )
 
-func TestBackOffDoublesToHalfASecondForAMinuteThenToThirtySeconds(t *testing.T) {
+func TestBackOffDoublesToThreeTenthsOfASecondForAMinuteThenToThirtySeconds(t *testing.T) {
 	in(t, func(w *town) {
 		begin := time.Now()
 		var tries []time.Time
@@ -37,11 +37,11 @@ func TestBackOffDoublesToHalfASecondForAMinuteThenToThirtySeconds(t *testing.T) 
 			}
 			limit := 30 * time.Second
 			if tries[i].Sub(begin) < time.Minute {
-				limit = 500 * time.Millisecond
+				limit = 300 * time.Millisecond
 			}
 			want = min(2*want, limit)
 		}
-		if len(tries) < 150 || len(tries) > 500 { // ~120 in the first minute, then 2 a minute
+		if len(tries) < 200 || len(tries) > 500 { // ~200 in the first minute, then 2 a minute
 			t.Errorf("%d tries in an hour", len(tries))
 		}
 	})
