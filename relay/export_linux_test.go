@@ -33,6 +33,14 @@ func (l *pipePool) take(n int) (giveBack func()) {
 // Pipes is how many the process has.
 func Pipes() int { return pipes.Count() }
 
+// SweepPipes closes those that nobody needed since it was last called, and says how many are left.
+func SweepPipes() int {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	pipes.sweep()
+	return pipes.open
+}
+
 // WithoutPipes runs f when there are no more to be had: somebody else has them.
 func WithoutPipes(f func()) {
 	defer pipes.take(MaxPipes)()

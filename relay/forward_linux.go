@@ -149,7 +149,7 @@ type pipePool struct {
 	mu       sync.Mutex
 	open     int     // those with an owner and those without
 	idle     []*pipe // the last one that was used is last
-	unneeded int     // so many of idle, from the first, had no owner since the last trim
+	unneeded int     // so many of idle, from the first, had no owner since the last sweep
 	trimming bool    // a timer will trim
 }
 
@@ -194,16 +194,21 @@ func (l *pipePool) close(p *pipe) {
 	l.closed(p)
 }
 
-// trim closes what was unneeded since the last time.
+// trim sweeps as long as there is what may be unneeded the next time.
 func (l *pipePool) trim() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.sweep()
+	if l.trimming = len(l.idle) > 0; l.trimming {
+		time.AfterFunc(pipeIdle, l.trim)
+	}
+}
+
+// sweep closes what was unneeded since the last time.
+func (l *pipePool) sweep() {
 	l.closed(l.idle[:l.unneeded]...)
 	l.idle = slices.Delete(l.idle, 0, l.unneeded)
 	l.unneeded = len(l.idle)
-	if l.trimming = l.unneeded > 0; l.trimming {
-		time.AfterFunc(pipeIdle, l.trim)
-	}
 }
 
 func (l *pipePool) closed(all ...*pipe) {
