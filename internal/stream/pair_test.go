@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"path/filepath"
 	"sync"
 	"syscall"
 	"testing"
@@ -222,20 +221,8 @@ func (unixEnd) SetLinger(int) error { return nil }
 
 func overUnix(t testing.TB) (duplex, net.Conn) {
 	t.Helper()
-	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	a, err := net.Dial("unix", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return unixEnd{a.(*net.UnixConn)}, b
+	a, b := serving.UnixPair(t)
+	return unixEnd{a}, b
 }
 
 // join opens a stream and joins both of its ends to sockets.

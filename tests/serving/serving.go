@@ -4,6 +4,7 @@ package serving
 
 import (
 	"net"
+	"path/filepath"
 	"sync"
 	"testing"
 )
@@ -75,20 +76,31 @@ func (s *Server) Close() {
 // Pair is a TCP connection on the loopback interface: who dialled, who accepted. The test's end closes both.
 func Pair(t testing.TB) (dialled, accepted *net.TCPConn) {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	a, b := pair(t, "tcp", "127.0.0.1:0")
+	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// UnixPair is the same by a Unix socket.
+func UnixPair(t testing.TB) (dialled, accepted *net.UnixConn) {
+	t.Helper()
+	a, b := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
+	return a.(*net.UnixConn), b.(*net.UnixConn)
+}
+
+func pair(t testing.TB, network, address string) (dialled, accepted net.Conn) {
+	t.Helper()
+	ln, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	a, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
+	if dialled, err = net.Dial(network, ln.Addr().String()); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { a.Close() })
-	b, err := ln.Accept()
-	if err != nil {
+	t.Cleanup(func() { dialled.Close() })
+	if accepted, err = ln.Accept(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { b.Close() })
-	return a.(*net.TCPConn), b.(*net.TCPConn)
+	t.Cleanup(func() { accepted.Close() })
+	return dialled, accepted
 }
