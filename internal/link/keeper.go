@@ -561,7 +561,8 @@ func (k *Keeper) State() State {
 }
 
 // Get returns the live channel and waits for one while there is none; who waits
-// is dialled for about three times a second at least. A refusal is returned at once: waiting would not change it.
+// is dialled for about three times a second at least. A refusal is returned at
+// once: waiting would not change it.
 func (k *Keeper) Get(ctx context.Context) (*Live, error) { return k.get(ctx, false) }
 
 // Try is Get for whoever has other ways: it also returns when a dial, begun or
