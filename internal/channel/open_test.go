@@ -155,6 +155,18 @@ func TestLaneReaderOnASocketHoldsNoBufferWhileItWaits(t *testing.T) {
 		}
 	})
 	rec := append(binary.BigEndian.AppendUint16(nil, 65535), make([]byte, 65535)...)
+	must(c.Write(rec[:10]))(t)
+	check(t, l.fill())
+	l.raw.Control(func(fd uintptr) {
+		if part := l.w; l.attempt(fd) || l.buf == nil || l.w != part || l.err != nil {
+			t.Errorf("with nothing behind a part of a record it has %d bytes of it (%v)", l.w, l.err)
+		}
+	})
+	go c.Write(rec[10:])
+	for got := []byte(nil); got == nil; {
+		check(t, l.fill())
+		got = must(l.record())(t)
+	}
 	for range 20 { // whole records, and reads that end in the middle of one
 		go c.Write(rec)
 		for got := []byte(nil); got == nil; {
