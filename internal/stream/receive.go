@@ -14,10 +14,12 @@ import (
 
 const (
 	// A window grows when it is used up within two round trips: fourfold up to
-	// fastWindow, which fills a long line in half the time, and twofold from there,
-	// which queues no more than another window's worth on a line that is full. On a
+	// fastWindow, which fills a long line in half the time, and twofold from there.
+	// One that takes longer than quickTrip round trips fills its line, and grows to what
+	// two of them carry: what is more would only queue before other streams. On a
 	// machine's own loopback the round trip is shorter than the scheduler's
 	// turn, so it counts as at least leastRTT.
+	quickTrip  = 1.25
 	leastRTT   = time.Millisecond
 	fastWindow = 4 << 20
 	// pathFor is how long a measured round trip counts as the path's when later
@@ -175,11 +177,15 @@ func (c *Conn) consumedLocked(n int) {
 	}
 	if c.consumed-c.mark >= uint64(c.window) {
 		now := time.Now()
-		quick := now.Sub(c.markAt) <= 2*max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
-		if quick && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow() {
+		rtt := max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
+		took := now.Sub(c.markAt)
+		if took <= 2*rtt && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow() {
 			more := 2 * c.window
 			if c.window < fastWindow {
 				more = min(4*c.window, fastWindow)
+			}
+			if trips := float64(took) / float64(rtt); trips > quickTrip {
+				more = min(more, int(float64(c.window)*2/trips))
 			}
 			c.window = min(more, c.mux.limits.Window)
 		}
