@@ -431,8 +431,9 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 		return pace, visits
 	}
 	first := message1(t, d.kind)
-	// flood pours for a time in ten turns, and says which part of its pace in the pauses between them
-	// the stream has: a machine is not as fast as it was a minute ago.
+	// flood pours for a time in ten turns, and says which part of its pace in the pause before a turn
+	// the stream has in it, as the median of the turns: a machine is not as fast as it was a minute
+	// ago, and one moment in which it does something else is not the flood's doing.
 	flood := func(addr string, lasts time.Duration) (part float64, took []time.Duration, end func() (begun, refused int64)) {
 		p, end := besiege(t, cores, addr, first, sources, rate)
 		signal := func(s syscall.Signal) {
@@ -440,16 +441,17 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 				t.Fatal(err)
 			}
 		}
-		var usual, during float64
+		var parts []float64
 		const turns = 10
 		for range turns {
 			signal(syscall.SIGSTOP)
 			pause, _ := pace(lasts / turns / 2)
 			signal(syscall.SIGCONT)
 			beside, visits := pace(lasts / turns)
-			usual, during, took = usual+pause, during+beside, append(took, visits...)
+			parts, took = append(parts, beside/pause), append(took, visits...)
 		}
-		return during / usual, took, end
+		slices.Sort(parts)
+		return (parts[turns/2-1] + parts[turns/2]) / 2, took, end
 	}
 	before, files := rss(t, d.p), settled(t, d.p, 0)
 	// What is left of the pace when somebody else on this machine gets the flood, who does no more
