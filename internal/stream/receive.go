@@ -16,9 +16,9 @@ const (
 	// A window grows when it is used up within two round trips: fourfold up to
 	// fastWindow, which fills a long line in half the time, and twofold from there.
 	// One that takes longer than quickTrip round trips fills its line, and grows to what
-	// two of them carry: what is more would only queue before other streams. On a
-	// machine's own loopback the round trip is shorter than the scheduler's
-	// turn, so it counts as at least leastRTT.
+	// two of them carry; one that has grown beyond that goes back to it. More would only
+	// queue before other streams. On a machine's own loopback the round trip is shorter
+	// than the scheduler's turn, so it counts as at least leastRTT.
 	quickTrip  = 1.25
 	leastRTT   = time.Millisecond
 	fastWindow = 4 << 20
@@ -179,15 +179,22 @@ func (c *Conn) consumedLocked(n int) {
 		now := time.Now()
 		rtt := max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
 		took := now.Sub(c.markAt)
-		if took <= 2*rtt && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow() {
+		two := int(float64(c.consumed-c.mark) * float64(2*rtt) / float64(max(took, 1))) // what two round trips carry
+		switch {
+		case took > 2*rtt:
+			if c.smaller > 0 {
+				c.window = min(c.window, max(two, c.smaller))
+			}
+			c.smaller = 0
+		case c.window < c.mux.limits.Window && c.mux.limits.Budget.grow():
 			more := 2 * c.window
 			if c.window < fastWindow {
 				more = min(4*c.window, fastWindow)
 			}
-			if trips := float64(took) / float64(rtt); trips > quickTrip {
-				more = min(more, int(float64(c.window)*2/trips))
+			if float64(took) > quickTrip*float64(rtt) {
+				more = min(more, max(two, c.window))
 			}
-			c.window = min(more, c.mux.limits.Window)
+			c.smaller, c.window = c.window, min(more, c.mux.limits.Window)
 		}
 		c.mark, c.markAt = c.consumed, now
 	}
