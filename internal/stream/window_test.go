@@ -129,7 +129,7 @@ func TestLineFillsQuickly(t *testing.T) {
 // TestAStreamBesideBulkWaitsForTwoRoundTrips: what bulk has under way is what two round trips carry, and
 // another stream's bytes are behind it on a line that queues all that it is given.
 func TestAStreamBesideBulkWaitsForTwoRoundTrips(t *testing.T) {
-	for _, rtt := range []time.Duration{8 * time.Millisecond, 12 * time.Millisecond, 20 * time.Millisecond, 30 * time.Millisecond, 50 * time.Millisecond} {
+	for _, rtt := range []time.Duration{8 * time.Millisecond, 20 * time.Millisecond, 30 * time.Millisecond} {
 		t.Run(rtt.String(), func(t *testing.T) {
 			virtual(t, memnet.Link{Latency: rtt / 2, Rate: gigabit, Buffer: 32 << 20}, stream.Limits{}, func(w *world) {
 				var all sync.WaitGroup
@@ -139,12 +139,12 @@ func TestAStreamBesideBulkWaitsForTwoRoundTrips(t *testing.T) {
 				all.Go(func() { io.Copy(m, bulk) })
 				c, d := w.open()
 				all.Go(func() { io.Copy(d, d) })
-				time.Sleep(25 * rtt) // the window grows
+				time.Sleep(15 * rtt) // the window grows
 				before := m.count()
 				var took []time.Duration
 				b := make([]byte, 64)
 				start := time.Now()
-				for range 10 {
+				for range 5 {
 					at := time.Now()
 					c.Write(b)
 					if _, err := io.ReadFull(c, b); err != nil {
@@ -156,7 +156,7 @@ func TestAStreamBesideBulkWaitsForTwoRoundTrips(t *testing.T) {
 				slices.Sort(took)
 				worst := took[len(took)-1]
 				t.Logf("the longest %v, half within %v; window %d KiB, %.1f %% of the link", worst, took[len(took)/2], bulk.Window()>>10, rate/gigabit*100)
-				if worst > 2*rtt+rtt/10+2*time.Millisecond {
+				if worst > 2*rtt+rtt/10 {
 					t.Errorf("beside bulk a round trip of %v takes %v", rtt, worst)
 				}
 				if rate < gigabit*9/10 {
