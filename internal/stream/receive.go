@@ -178,21 +178,20 @@ func (c *Conn) consumedLocked(n int) {
 	if c.consumed-c.mark >= uint64(c.window) {
 		now := time.Now()
 		rtt := max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
-		took := now.Sub(c.markAt)
-		two := int(float64(c.consumed-c.mark) * float64(2*rtt) / float64(max(took, 1))) // what two round trips carry
+		trips := float64(now.Sub(c.markAt)) / float64(rtt)
+		carried := int(float64(c.consumed-c.mark) * 2 / max(trips, quickTrip)) // by two round trips of a full line
+		smaller := c.smaller
+		c.smaller = 0
 		switch {
-		case took > 2*rtt:
-			if c.smaller > 0 {
-				c.window = min(c.window, max(two, c.smaller))
-			}
-			c.smaller = 0
-		case c.window < c.mux.limits.Window && c.mux.limits.Budget.grow():
+		case trips > 2 && smaller > 0:
+			c.window = min(c.window, max(carried, smaller))
+		case trips <= 2 && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow():
 			more := 2 * c.window
 			if c.window < fastWindow {
 				more = min(4*c.window, fastWindow)
 			}
-			if float64(took) > quickTrip*float64(rtt) {
-				more = min(more, max(two, c.window))
+			if trips > quickTrip {
+				more = min(more, max(carried, c.window))
 			}
 			c.smaller, c.window = c.window, min(more, c.mux.limits.Window)
 		}
