@@ -155,24 +155,29 @@ func TestLaneReaderOnASocketHoldsNoBufferWhileItWaits(t *testing.T) {
 		}
 	})
 	rec := append(binary.BigEndian.AppendUint16(nil, 65535), make([]byte, 65535)...)
+	whole := func() {
+		for got := []byte(nil); got == nil; {
+			check(t, l.fill())
+			got = must(l.record())(t)
+		}
+	}
 	must(c.Write(rec[:10]))(t)
 	check(t, l.fill())
 	l.raw.Control(func(fd uintptr) {
 		if part := l.w; l.attempt(fd) || l.buf == nil || l.w != part || l.err != nil {
 			t.Errorf("with nothing behind a part of a record it has %d bytes of it (%v)", l.w, l.err)
 		}
+		other := buffer.Get(len(l.buf.Raw()))
+		if other == l.buf {
+			t.Error("the buffer that holds a part of a record was given back")
+		}
+		other.Release()
 	})
 	go c.Write(rec[10:])
-	for got := []byte(nil); got == nil; {
-		check(t, l.fill())
-		got = must(l.record())(t)
-	}
+	whole()
 	for range 20 { // whole records, and reads that end in the middle of one
 		go c.Write(rec)
-		for got := []byte(nil); got == nil; {
-			check(t, l.fill())
-			got = must(l.record())(t)
-		}
+		whole()
 		if l.r != l.w {
 			t.Fatalf("%d bytes too many", l.w-l.r)
 		}

@@ -46,6 +46,24 @@ func pour(w io.Writer) {
 	}
 }
 
+// echoes sends 16 bytes to and fro for d, and gives how long each took, the shortest first.
+func (w *world) echoes(c *stream.Conn, d time.Duration) (took []time.Duration) {
+	w.Helper()
+	b := make([]byte, 16)
+	for start := time.Now(); time.Since(start) < d; {
+		at := time.Now()
+		if _, err := c.Write(b); err != nil {
+			w.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, b); err != nil {
+			w.Fatal(err)
+		}
+		took = append(took, time.Since(at))
+	}
+	slices.Sort(took)
+	return took
+}
+
 // TestWindowFollowsTheLine: above 8 MiB where the line holds 12.5 MB, so that
 // one stream fills it; below 1 MiB where it holds an eighth of that.
 func TestWindowFollowsTheLine(t *testing.T) {
@@ -136,24 +154,18 @@ func TestAStreamBesideBulkWaitsForTwoRoundTrips(t *testing.T) {
 				bulk, far := w.open()
 				m := new(meter)
 				all.Go(func() { pour(far) })
-				all.Go(func() { io.Copy(m, bulk) })
+				grown := make(chan struct{})
+				all.Go(func() {
+					io.CopyN(m, bulk, int64(15*rtt.Seconds()*gigabit))
+					close(grown)
+					io.Copy(m, bulk)
+				})
 				c, d := w.open()
 				all.Go(func() { io.Copy(d, d) })
-				time.Sleep(15 * rtt) // the window grows
-				before := m.count()
-				var took []time.Duration
-				b := make([]byte, 64)
-				start := time.Now()
-				for range 5 {
-					at := time.Now()
-					c.Write(b)
-					if _, err := io.ReadFull(c, b); err != nil {
-						t.Fatal(err)
-					}
-					took = append(took, time.Since(at))
-				}
+				<-grown
+				before, start := m.count(), time.Now()
+				took := w.echoes(c, 10*rtt)
 				rate := float64(m.count()-before) / time.Since(start).Seconds()
-				slices.Sort(took)
 				worst := took[len(took)-1]
 				t.Logf("the longest %v, half within %v; window %d KiB, %.1f %% of the link", worst, took[len(took)/2], bulk.Window()>>10, rate/gigabit*100)
 				if worst > 2*rtt+rtt/10 {
@@ -201,16 +213,8 @@ func TestUnreadStreamStallsOnlyItself(t *testing.T) {
 			all.Go(func() { io.Copy(d, d) })
 			time.Sleep(300 * time.Millisecond)
 			before, ownBefore := m.count(), own.count()
-			var took []time.Duration
-			b := make([]byte, 16)
-			for start := time.Now(); time.Since(start) < measured; {
-				at := time.Now()
-				c.Write(b)
-				io.ReadFull(c, b)
-				took = append(took, time.Since(at))
-			}
+			took := w.echoes(c, measured)
 			rate = int64(float64(m.count()-before) / measured.Seconds())
-			slices.Sort(took)
 			worst = took[len(took)*99/100]
 			if n := float64(own.count()-ownBefore) / measured.Seconds(); stalled && n < gigabit*8/10 {
 				t.Errorf("the upload of the unread stream goes at %.1f MB/s", n/1e6)
