@@ -182,6 +182,38 @@ func TestAStreamBesideBulkWaitsForTwoRoundTrips(t *testing.T) {
 	}
 }
 
+// TestAnUploadThatBeginsBesideADownloadGrows: its credits come behind what the
+// download has under way. Before that was two round trips' worth its window never grew: it had 1 %.
+func TestAnUploadThatBeginsBesideADownloadGrows(t *testing.T) {
+	virtual(t, memnet.Link{Latency: 10 * time.Millisecond, Rate: gigabit, Buffer: 32 << 20}, stream.Limits{}, func(w *world) {
+		var all sync.WaitGroup
+		var downs, ups meter
+		down, far := w.open()
+		all.Go(func() { pour(far) })
+		begin := make(chan struct{})
+		all.Go(func() {
+			io.CopyN(&downs, down, gigabit/5)
+			close(begin)
+			io.Copy(&downs, down)
+		})
+		<-begin
+		up, end := w.open()
+		all.Go(func() { pour(up) })
+		io.CopyN(&ups, end, gigabit/4) // the window grows
+		before, start := downs.count(), time.Now()
+		io.CopyN(&ups, end, gigabit/10)
+		span := time.Since(start).Seconds() * gigabit
+		upward, downward := float64(gigabit/10)/span, float64(downs.count()-before)/span
+		t.Logf("%.0f %% up, %.0f %% down; windows %d and %d KiB", 100*upward, 100*downward, end.Window()>>10, down.Window()>>10)
+		if upward < 0.3 || downward < 0.8 {
+			t.Errorf("%.0f %% of the line up, %.0f %% down", 100*upward, 100*downward)
+		}
+		down.Reset(stream.CodeLocal, "")
+		up.Reset(stream.CodeLocal, "")
+		all.Wait()
+	})
+}
+
 // TestUnreadStreamStallsOnlyItself: a reader that stops holds up neither the
 // other direction of its own stream nor its neighbours. Measured in virtual
 // time against the same without it.
