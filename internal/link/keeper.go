@@ -158,7 +158,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		} else if allRefused(err) {
 			kind = Refused
 		}
-		if ctx.Err() != nil {
+		if over(ctx) {
 			break
 		}
 		pause := jitter(wait)
@@ -309,7 +309,7 @@ func (k *Keeper) check(ctx context.Context, l *Live) time.Duration {
 		err := k.Check(limited, l)
 		cancel()
 		if err != nil {
-			if l.Err() != nil || ctx.Err() != nil {
+			if l.Err() != nil || over(ctx) {
 				return 0
 			}
 			next := jitter(refusedWait)
@@ -533,6 +533,13 @@ func (k *Keeper) pause(ctx context.Context, d time.Duration) {
 			}
 		}
 	}
+}
+
+// over reports whether ctx is. A dial or read that was given its deadline may say so before
+// ctx does: that is no reason, and must not take the place of the last try's.
+func over(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() != nil || ok && !time.Now().Before(deadline)
 }
 
 func jitter(d time.Duration) time.Duration {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -149,6 +150,37 @@ func TestARefusalIsTriedAgainSeldomOrOnANewCredential(t *testing.T) {
 		stopServer()
 	})
 }
+
+func TestATryThatTheEndCutsShortIsNoReason(t *testing.T) {
+	in(t, func(w *town) {
+		var states told
+		refused := false
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "down", Dial: func(ctx context.Context) (net.Conn, error) {
+			if !refused {
+				refused = true
+				return nil, errDown
+			}
+			deadline, _ := ctx.Deadline()
+			time.Sleep(time.Until(deadline))
+			return nil, os.ErrDeadlineExceeded
+		}}}, OnState: states.add}
+		deadline := time.Now().Add(time.Second)
+		ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(time.Millisecond))
+		defer cancel()
+		k.Run(lateContext{ctx, deadline})
+		if got := states.kinds(); !slices.Equal(got, []link.StateKind{link.Waiting, link.Draining}) || !errors.Is(states.states[0].Err, errDown) {
+			t.Errorf("the states were %v, want waiting and draining: %+v", got, states.states)
+		}
+	})
+}
+
+// A lateContext says a little late that its deadline has passed.
+type lateContext struct {
+	context.Context
+	deadline time.Time
+}
+
+func (c lateContext) Deadline() (time.Time, bool) { return c.deadline, true }
 
 func TestTheRenewalBeforeADialDoesNotHurryTheNextOne(t *testing.T) {
 	in(t, func(w *town) {
