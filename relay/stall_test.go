@@ -33,8 +33,8 @@ const maxStuck = 24 << 20
 // flows are lanes, or streams, whose far ends do as they are told. One at a time may be
 // stuck.
 type flows struct {
-	open   func() (net.Conn, error)
-	pushed atomic.Int64 // bytes that the stuck one took
+	open   func() (net.Conn, error) // the far ends have nothing to do with it
+	pushed atomic.Int64             // bytes that the stuck one took
 	muted  chan net.Conn
 	all    sync.WaitGroup
 }
@@ -231,7 +231,7 @@ func (w *town) streams(carrier relay.Carrier, on func(*relay.Client)) *flows {
 	w.Helper()
 	w.limits.Streams = max(w.limits.Streams, 200)
 	bot := w.member(agent)
-	f := new(flows)
+	f := newFlows(nil)
 	w.outlet("db", w.member(serves("db")), func(context.Context, *outlet.Request) (net.Conn, error) {
 		a, b := memnet.Pipe(memnet.Link{})
 		f.all.Go(func() { f.far(b) })
@@ -243,11 +243,11 @@ func (w *town) streams(carrier relay.Carrier, on func(*relay.Client)) *flows {
 		}
 	})
 	in := w.inlet("db", bot, w.client(bot, on))
-	*f = *newFlows(func() (net.Conn, error) {
+	f.open = func() (net.Conn, error) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		return in.Dial(ctx)
-	})
+	}
 	return f
 }
 
