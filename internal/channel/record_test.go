@@ -231,65 +231,97 @@ func TestReflectedRecordsAreRefused(t *testing.T) {
 	})
 }
 
-// nonces watches an AEAD for a nonce that comes twice.
-type nonces struct {
-	cipher.AEAD
-	mu   *sync.Mutex
-	seen map[string]bool
-	key  string
+// A recorder keeps (key, nonce) of every record that is sealed, in all channels that it watches, and
+// reports a pair that comes twice.
+type recorder struct {
 	t    testing.TB
+	mu   sync.Mutex
+	seen map[[2]string]bool
+	keys map[string]bool
 }
 
-func (n *nonces) Seal(dst, nonce, plain, ad []byte) []byte {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	k := n.key + string(nonce)
-	if n.seen[k] {
-		n.t.Errorf("nonce %x comes twice", nonce)
+// watch has a direction's sealing recorded from now on. A key is named by what it makes of nothing
+// under a nonce that no record has: two AEADs of one key have one name.
+func (r *recorder) watch(out *records) {
+	name := string(out.aead.Seal(nil, bytes.Repeat([]byte{0xff}, out.aead.NonceSize()), nil, nil))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.keys[name] {
+		r.t.Error("two directions have one key")
 	}
-	n.seen[k] = true
-	return n.AEAD.Seal(dst, nonce, plain, ad)
+	r.keys[name] = true
+	out.aead = &recorded{out.aead, r, name}
 }
 
+type recorded struct {
+	cipher.AEAD
+	by  *recorder
+	key string
+}
+
+func (a *recorded) Seal(dst, nonce, plain, ad []byte) []byte {
+	a.by.mu.Lock()
+	pair := [2]string{a.key, string(nonce)}
+	if a.by.seen[pair] {
+		a.by.t.Errorf("nonce %x comes twice under one key", nonce)
+	}
+	a.by.seen[pair] = true
+	a.by.mu.Unlock()
+	return a.AEAD.Seal(dst, nonce, plain, ad)
+}
+
+// Every channel of the same two ends has keys of its own, one for each direction, and under each a nonce
+// comes once, however many send at a time.
 func TestNoNonceComesTwice(t *testing.T) {
-	const senders, each = 8, 200
+	const channels, senders, each = 4, 8, 50
 	synctest.Test(t, func(t *testing.T) {
+		r := &recorder{t: t, seen: make(map[[2]string]bool), keys: make(map[string]bool)}
 		a, b := newSides(t)
-		x, y := memnet.Pipe(memnet.Link{})
-		errA, errB := meet(a, b, x, y)
-		check(t, errors.Join(errA, errB))
-		mu, seen := new(sync.Mutex), make(map[string]bool)
-		for i, s := range []*side{a, b} {
-			// The directions have different keys, so a key is named by its sealer.
-			s.end.records.aead = &nonces{s.end.records.aead, mu, seen, fmt.Sprint(i), t}
-			s.run()
-		}
-		var all sync.WaitGroup
-		for _, s := range []*side{a, b} {
-			for range senders {
-				all.Go(func() {
-					q := new(buffer.Queue)
-					for i := range each {
-						if err := s.send(q, make([]byte, 1+i%3000)); err != nil {
-							t.Error(err)
-							return
-						}
-						s.end.Ping()
+		sealed := uint64(0)
+		for _, suite := range suites {
+			a.config.Suite = suite
+			for range channels {
+				x, y := memnet.Pipe(memnet.Link{})
+				errA, errB := meet(a, b, x, y)
+				check(t, errors.Join(errA, errB))
+				for _, s := range []*side{a, b} {
+					r.watch(s.end.records)
+					sealed -= s.end.records.count // the confirmation was sealed before
+					s.got = new(frames)
+					s.run()
+				}
+				var all sync.WaitGroup
+				for _, s := range []*side{a, b} {
+					for range senders {
+						all.Go(func() {
+							q := new(buffer.Queue)
+							for i := range each {
+								if err := s.send(q, make([]byte, 1+i*61%3000)); err != nil {
+									t.Error(err)
+									return
+								}
+								s.end.Ping()
+							}
+						})
 					}
-				})
+				}
+				all.Wait()
+				a.end.Close()
+				<-a.ran
+				<-b.ran
+				for _, s := range []*side{a, b} {
+					if n := len(s.got.all()); n != senders*each {
+						t.Errorf("%d frames arrived", n)
+					}
+					sealed += s.end.records.count
+				}
 			}
 		}
-		all.Wait()
-		a.end.Close()
-		<-a.ran
-		<-b.ran
-		for _, s := range []*side{a, b} {
-			if n := len(s.got.all()); n != senders*each {
-				t.Errorf("%d frames arrived", n)
-			}
+		if n := uint64(len(r.seen)); n != sealed || n < 1000 { // several frames go into a record
+			t.Errorf("%d nonces for %d records", n, sealed)
 		}
-		if n := uint64(len(seen)); n != a.end.records.count+b.end.records.count-2 { // less the confirmations
-			t.Errorf("%d nonces for %d records", n, a.end.records.count+b.end.records.count-2)
+		if n := 2 * len(suites) * channels; len(r.keys) != n {
+			t.Errorf("%d keys, want %d", len(r.keys), n)
 		}
 	})
 }
