@@ -283,8 +283,7 @@ func onSockets(t *testing.T, f func(w *town, s *relay.Server, on func(*relay.Cli
 }
 
 // measure compares many flows beside a stuck one with the same without it, in turns,
-// and prints the median of both figures and their quartiles. It fails at half of what is wanted, 90 % and
-// 2 ×: the machine may do other things meanwhile.
+// and prints the median of both figures and their quartiles.
 func (f *flows) measure(t *testing.T, what string, many int) {
 	t.Helper()
 	conns := make([]net.Conn, many)
@@ -305,8 +304,8 @@ func (f *flows) measure(t *testing.T, what string, many int) {
 		side := map[byte]string{mute: "far", writes: "near"}[how]
 		t.Logf("F-11: %s: %d beside one whose %s end does not read: %.0f %% of the throughput (%.0f to %.0f), p99 %.2f × (%.2f to %.2f)", what, many, side,
 			100*bytes[12], 100*bytes[6], 100*bytes[18], late[12], late[6], late[18])
-		if bytes[12] < 0.45 || late[12] > 4 {
-			t.Error("that is less than half of what is wanted")
+		if bytes[12] < 0.9 || late[12] > 2 {
+			t.Error("nine tenths of the throughput are wanted, and twice the time at most")
 		}
 	}
 	for _, c := range conns {
