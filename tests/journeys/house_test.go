@@ -61,6 +61,15 @@ func TestMain(m *testing.M) {
 // long says whether the long forms run, as `make long` does.
 func long() bool { return os.Getenv("PORTAL_LONG") != "" }
 
+// bar is a time or a share that a figure must keep to. It is judged in the long form alone, which has
+// the machine to itself.
+func bar(t testing.TB, keeps bool, format string, args ...any) {
+	t.Helper()
+	if long() && !keeps {
+		t.Errorf(format, args...)
+	}
+}
+
 // house is a set of homes with one authority.
 type house struct {
 	t         testing.TB

@@ -309,6 +309,7 @@ func TestNoKillMakesALedgerWrong(t *testing.T) {
 		at := func(part float64) time.Duration { return back[int(part*float64(len(back)-1)+0.5)] }
 		t.Logf("F-05: %s killed %d times: from its start to the first transaction asked for and acknowledged since: median %v, p99 %v, most %v",
 			victim, kills, at(0.5).Round(time.Millisecond), at(0.99).Round(time.Millisecond), at(1).Round(time.Millisecond))
+		bar(t, at(0.99) <= time.Second, "p99 of %s is more than a second", victim)
 	}
 	stop()
 	clients.Wait()

@@ -96,6 +96,7 @@ func TestAProcessWithFewDescriptorsKeepsItsStreamsAndSomeForMembers(t *testing.T
 			}
 			t.Logf("F-17: %s: %d descriptors, %d before; a ping in %v meanwhile; a new stream %v after they were given back; %d lines logged",
 				c.role, held, before.descriptors[c.role], came.Round(time.Millisecond), took.Round(time.Millisecond), len(w.logged(p, ``)))
+			bar(t, took <= time.Second, "a new stream took %v", took)
 			settled(t, p, before.descriptors[c.role]+5)
 		})
 	}
