@@ -19,12 +19,17 @@ type Portal struct {
 	Within []string
 }
 
-// BuildPortal builds cmd/portal into dir: as it is shipped, or with further build tags.
+// BuildPortal builds cmd/portal into dir: as it is shipped, or with further build tags. With PORTAL_RACE
+// set it has the race detector, which GORACE tells where to report.
 func BuildPortal(ctx context.Context, dir string, tags ...string) (*Portal, error) {
 	p := &Portal{Path: filepath.Join(dir, "portal")}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags", strings.Join(append([]string{"urfave_cli_no_docs"}, tags...), ","),
-		"-o", p.Path, "github.com/portal-tunnel/portal/cmd/portal")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	args := []string{"build", "-trimpath", "-buildvcs=false", "-tags", strings.Join(append([]string{"urfave_cli_no_docs"}, tags...), ","), "-o", p.Path}
+	env := append(os.Environ(), "CGO_ENABLED=0")
+	if os.Getenv("PORTAL_RACE") != "" {
+		args, env = append(args, "-race"), os.Environ()
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, "github.com/portal-tunnel/portal/cmd/portal")...)
+	cmd.Env = env
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("building portal: %w\n%s", err, out)
 	}
