@@ -5,8 +5,11 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -41,6 +44,7 @@ type crossroads struct {
 
 	visits  atomic.Int32 // to any target
 	reached atomic.Int32 // messages that came to a canary
+	logged  atomic.Int32 // what was said in logs
 }
 
 // canary is an actor that takes every message, from wherever it comes.
@@ -56,15 +60,43 @@ func (x *crossroads) canary(n *routing.Node, at routing.Address) {
 	x.canaries = append(x.canaries, a)
 }
 
+// A journal is a log that escapes nothing itself: what peers chose must come to it on one line, without
+// a character that a terminal obeys.
+type journal struct{ x *crossroads }
+
+func (j journal) Enabled(context.Context, slog.Level) bool { return true }
+func (j journal) WithGroup(string) slog.Handler            { return j }
+
+func (j journal) WithAttrs(all []slog.Attr) slog.Handler {
+	for _, a := range all {
+		j.keep(a)
+	}
+	return j
+}
+
+func (j journal) Handle(_ context.Context, r slog.Record) error {
+	r.Attrs(j.keep)
+	return nil
+}
+
+func (j journal) keep(a slog.Attr) bool {
+	if text := a.Value.String(); strings.ContainsFunc(text, func(c rune) bool { return !strconv.IsPrint(c) }) {
+		j.x.Errorf("in a log: %s=%q", a.Key, text)
+	}
+	j.x.logged.Add(1)
+	return true
+}
+
 func (w *town) crossroads() *crossroads {
 	w.Helper()
 	x := &crossroads{town: w}
+	log := slog.New(journal{x})
 	agents, err := abac.ShortAny("connect", `principal has role && principal.role == "agent"`)
 	if err != nil {
 		w.Fatal(err)
 	}
 	x.s, _ = w.relay(func(s *relay.Server) {
-		s.AllowConnect, s.Next = agents, map[string]relay.Hop{"b": {Addr: nextAddr}}
+		s.Logger, s.AllowConnect, s.Next = log, agents, map[string]relay.Hop{"b": {Addr: nextAddr}}
 	})
 	// Two outlets of one process.
 	db := w.member(serves("db", "admin"))
@@ -75,7 +107,7 @@ func (w *town) crossroads() *crossroads {
 		if err != nil {
 			w.Fatal(err)
 		}
-		s := &outlet.Server{Node: node, Name: o.name, Self: db, Trust: w.trust(), Allow: allow, Target: func(ctx context.Context, r *outlet.Request) (net.Conn, error) {
+		s := &outlet.Server{Node: node, Name: o.name, Self: db, Trust: w.trust(), Allow: allow, Logger: log, Target: func(ctx context.Context, r *outlet.Request) (net.Conn, error) {
 			x.visits.Add(1)
 			return echoing(ctx, r)
 		}}
@@ -95,8 +127,8 @@ func (w *town) crossroads() *crossroads {
 	if err != nil {
 		w.Fatal(err)
 	}
-	at := &authority.Server{Self: w.authority, Store: x.store, Node: w.node()}
-	server := &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: at.Service()}}
+	at := &authority.Server{Self: w.authority, Store: x.store, Node: w.node(), Logger: log}
+	server := &link.Server{Services: map[channel.Kind]link.Service{channel.Authority: at.Service()}, Logger: log}
 	ln := w.listen(authorityAddr)
 	w.run(func(ctx context.Context) error {
 		err := server.Serve(ctx, ln)
@@ -169,6 +201,9 @@ func (x *crossroads) quiet(who string) {
 	}
 	if n := x.reached.Swap(0); n != 0 {
 		x.Errorf("%s: %d messages came to an actor", who, n)
+	}
+	if x.logged.Load() == 0 {
+		x.Errorf("%s: nothing is logged", who)
 	}
 	x.until("no lane is left", func() bool { return x.s.Lanes() == 0 })
 	for name, n := range map[string]int{"db": 1, "admin": 1, "authority": 0} {
