@@ -47,6 +47,12 @@ type Lane struct {
 	Peer identity.ID
 }
 
+// Format shows no key, whatever the verb.
+func (Lane) Format(f fmt.State, _ rune) { io.WriteString(f, "channel.Lane") }
+
+// LogValue shows no key.
+func (Lane) LogValue() slog.Value { return slog.StringValue("channel.Lane") }
+
 // Config says who speaks and whom it wants to hear.
 type Config struct {
 	Node  *routing.Node   // where the channel's two actors live

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"runtime"
 	"strings"
@@ -676,4 +677,18 @@ func TestChannelNeedsANode(t *testing.T) {
 func ExampleClosed() {
 	fmt.Println(&Closed{CloseRefused, "its credential expired"})
 	// Output: the other end refused us: its credential expired
+}
+
+func TestALaneShowsItsKeyNowhere(t *testing.T) {
+	l := Lane{Key: [32]byte{0xab, 0xcd, 0xef, 0x12}}
+	var log bytes.Buffer
+	for _, h := range []slog.Handler{slog.NewTextHandler(&log, nil), slog.NewJSONHandler(&log, nil)} {
+		slog.New(h).Info("a lane", "value", l, "pointer", &l)
+	}
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%d"} {
+		fmt.Fprintf(&log, verb+" "+verb+"\n", l, &l)
+	}
+	if text := strings.ToLower(log.String()); strings.Contains(text, "abcdef") || strings.Contains(text, "171 205") || strings.Contains(text, "171, 205") || strings.Contains(text, "171,205") || strings.Contains(text, "0xab") {
+		t.Errorf("the key is in\n%s", text)
+	}
 }
