@@ -8,7 +8,8 @@
 // in mid-transfer by FIN and by RST at two offsets, or lets nothing pass any more, and prints what the
 // reader got: a reset, a clean end on truncated data, other bytes, or nothing. Tunnels are those of
 // tests/tunnels that are installed, or one given by two command lines: the far one listens on {addr} and
-// goes on to {target}, the near one listens on {listen} and goes on to {far}.
+// goes on to {target}, the near one listens on {listen} and goes on to {far}. It exits 1 when a reader of
+// portal's, or of the one that was given, was told wrong or nothing.
 //
 // proxy stands between any two processes, prints where it listens, and does one fault after another to
 // what passes. A FAULT is KIND@PLACE[,out|in][,n=N][,fit], PLACE a byte's offset, rN for record N or mN

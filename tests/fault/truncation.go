@@ -181,7 +181,7 @@ func byCommand(far, near string) tunnels.System {
 		}
 		return listen, run(d.Near, "near", near, listen, "{far}", through, "{listen}", listen)
 	}
-	return tunnels.System{Key: "command", Name: "by command", Is: far + "; " + near, Peer: true, Start: start}
+	return tunnels.System{Key: "command", Name: "by command", Is: far + "; " + near, Start: start}
 }
 
 func (t *trial) table(results []result) string {
