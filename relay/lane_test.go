@@ -340,7 +340,9 @@ func TestTheSixtyFifthLaneOfACarrierIsBusy(t *testing.T) {
 		w.until("the name is there", func() bool { return s.Registrations("db") == 1 })
 		var mu sync.Mutex
 		var far []net.Conn
+		over := make(chan struct{})
 		go func() {
+			defer close(over)
 			for {
 				c, err := ln.Accept()
 				if err != nil {
@@ -370,6 +372,7 @@ func TestTheSixtyFifthLaneOfACarrierIsBusy(t *testing.T) {
 			t.Errorf("when one has gone: %v", err)
 		}
 		ln.Close()
+		<-over
 		for _, c := range append(near, far...) {
 			stream.Abort(c)
 		}
