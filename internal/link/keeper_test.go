@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +16,7 @@ import (
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
+	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 )
 
@@ -155,14 +155,14 @@ func TestATryThatTheEndCutsShortIsNoReason(t *testing.T) {
 	in(t, func(w *town) {
 		var states told
 		refused := false
-		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "down", Dial: func(ctx context.Context) (net.Conn, error) {
+		k := &link.Keeper{Config: w.config(), Paths: []link.Path{{Name: "down, then silent", Dial: func(context.Context) (net.Conn, error) {
 			if !refused {
 				refused = true
 				return nil, errDown
 			}
-			deadline, _ := ctx.Deadline()
-			time.Sleep(time.Until(deadline))
-			return nil, os.ErrDeadlineExceeded
+			near, far := memnet.Pipe(memnet.Link{})
+			w.Cleanup(func() { far.Close() })
+			return near, nil
 		}}}, OnState: states.add}
 		deadline := time.Now().Add(time.Second)
 		ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(time.Millisecond))
