@@ -46,10 +46,18 @@ func TestWithoutATunnelAnEndIsAnEndAndAResetAReset(t *testing.T) {
 	}
 }
 
-func TestOtherCommandsAreATunnelToo(t *testing.T) {
+func TestOtherCommandsAreATunnelTooAndJudged(t *testing.T) {
 	s, err := chosen(nil, "far {target} {addr}", "near {far} {listen}")
 	if err != nil || len(s) != 1 || s[0].Key != "command" {
-		t.Errorf("%v, %v", s, err)
+		t.Fatalf("%v, %v", s, err)
+	}
+	for _, n := range []tally{{clean: 1}, {wrong: 1}, {hung: 1}} {
+		if err := verdict([]result{{system: s[0], up: n}}); err == nil {
+			t.Errorf("%v is well", n)
+		}
+		if err := verdict([]result{{system: tunnels.System{Peer: true}, up: n}, {system: s[0], up: tally{reset: 1}}}); err != nil {
+			t.Error(err)
+		}
 	}
 	if _, err := chosen([]string{"carrier-pigeon"}, "", ""); err == nil {
 		t.Error("a pigeon is a tunnel")

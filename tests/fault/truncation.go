@@ -125,12 +125,20 @@ func truncation(ctx context.Context, args []string) error {
 	if *out != "" {
 		err = os.WriteFile(*out, []byte(table), 0o644)
 	}
+	return errors.Join(err, verdict(results))
+}
+
+// verdict says which tunnels did not do what is asked of portal, and of one given by command lines.
+func verdict(results []result) (err error) {
 	for _, r := range results {
-		if r.err != nil && !r.system.Peer {
+		if r.system.Peer {
+			continue
+		}
+		if r.err != nil {
 			err = errors.Join(err, fmt.Errorf("%s: %w", r.system.Name, r.err))
 		}
 		for _, n := range []tally{r.down, r.up, r.downStall, r.upStall} {
-			if !r.system.Peer && (n[clean] > 0 || n[wrong] > 0 || n[hung] > 0) {
+			if n[clean] > 0 || n[wrong] > 0 || n[hung] > 0 {
 				err = errors.Join(err, fmt.Errorf("%s: %v", r.system.Name, n))
 			}
 		}
