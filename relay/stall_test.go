@@ -33,7 +33,7 @@ const maxStuck = 24 << 20
 // flows are lanes, or streams, whose far ends do as they are told. One at a time may be
 // stuck.
 type flows struct {
-	open   func() (net.Conn, error) // the far ends have nothing to do with it
+	open   func() (net.Conn, error) // set before a flow begins; the far ends do not read it
 	pushed atomic.Int64             // bytes that the stuck one took
 	muted  chan net.Conn
 	all    sync.WaitGroup
