@@ -7,7 +7,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -266,4 +268,42 @@ func TestAResetOnEitherSideEndsForwardingByAnError(t *testing.T) {
 		}
 	}
 	noPipes(t)
+}
+
+// A cut may come before the goroutine of one direction has begun.
+func TestForwardingWhatIsClosedMakesNoPipe(t *testing.T) {
+	noPipes(t)
+	before := pipesOpen(t)
+	for _, c := range []struct{ from, to bool }{{true, false}, {false, true}, {true, true}} {
+		l := &leg{}
+		l.from, l.in = serving.Pair(t)
+		l.to, l.out = serving.Pair(t)
+		if c.from {
+			l.in.Close()
+		}
+		if c.to {
+			l.out.Close()
+			l.from.Write([]byte("x"))
+		}
+		if err := relay.Forward(l.out, l.in); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("closed %+v: %v", c, err)
+		}
+	}
+	if n := pipesOpen(t); n > before {
+		t.Errorf("%d descriptors of pipes, %d before", n, before)
+	}
+}
+
+// pipesOpen is how many of this process's descriptors are of pipes, whoever made them.
+func pipesOpen(t *testing.T) (n int) {
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range all {
+		if to, _ := os.Readlink("/proc/self/fd/" + fd.Name()); strings.HasPrefix(to, "pipe:") {
+			n++
+		}
+	}
+	return n
 }

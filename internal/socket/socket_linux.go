@@ -10,7 +10,7 @@ import (
 // Raw gives the descriptor of a TCP or Unix socket, for the calls of this package; nil for any other
 // connection, and for a socket that was set to wait, as os.File.Fd does to one that it is asked for:
 // there a call would keep a core for as long as it waits. The functions that Read and Write of
-// what is returned are given return false to wait.
+// what is returned are given return false to wait. Those of a closed socket fail with net.ErrClosed.
 func Raw(c net.Conn) syscall.RawConn {
 	switch c.(type) {
 	case *net.TCPConn, *net.UnixConn:
@@ -21,7 +21,7 @@ func Raw(c net.Conn) syscall.RawConn {
 	if err != nil {
 		return nil
 	}
-	waits := true
+	waits := false // nor does one that is closed
 	raw.Control(func(fd uintptr) {
 		flags, err := unix.FcntlInt(fd, unix.F_GETFL, 0)
 		waits = err != nil || flags&unix.O_NONBLOCK == 0

@@ -153,6 +153,22 @@ func TestOnlySocketsAreRaw(t *testing.T) {
 	}
 }
 
+// Whoever took a closed one for no socket would go on to io.Copy, which makes a pipe before it looks.
+func TestCallsOfAClosedSocketSayThatItIsClosed(t *testing.T) {
+	near, _ := serving.Pair(t)
+	near.Close()
+	raw := socket.Raw(near)
+	if raw == nil {
+		t.Fatal("it is one")
+	}
+	never := func(uintptr) bool { t.Error("it has no descriptor"); return true }
+	for _, call := range []func(func(uintptr) bool) error{raw.Read, raw.Write} {
+		if err := call(never); !errors.Is(err, net.ErrClosed) {
+			t.Error(err)
+		}
+	}
+}
+
 func TestCallsAllocateNothing(t *testing.T) {
 	if alloc.Raced {
 		t.Log("NOT RUN: with the race detector other calls are made")
