@@ -13,6 +13,9 @@ var ErrAway = errors.New("the other end is going away and takes no new streams")
 // errEnding is returned to a writer behind CloseWrite or Close.
 var errEnding = fmt.Errorf("this direction of the stream has ended: %w", net.ErrClosed)
 
+// errJoined is returned to a second Join.
+var errJoined = errors.New("the stream is joined already")
+
 // ResetError is what the reader and the writer of a stream get that did not
 // end in good order. It is a connection reset for errors.Is.
 type ResetError struct {

@@ -60,7 +60,8 @@ func closeWrite(c net.Conn) error {
 // Join connects the stream with a local connection, which must be armed, and
 // owns it from then on. It returns when both are over: nil when both
 // directions ended in good order, else why the stream was reset. The local
-// connection is closed, in good order or by a reset accordingly.
+// connection is closed, in good order or by a reset accordingly. A stream is joined
+// once: a second connection is reset, and the first goes on.
 //
 // This goroutine reads the local connection; the lane reader and the stream's
 // actor write it.
@@ -71,8 +72,12 @@ func (c *Conn) Join(l net.Conn) error { return c.JoinChecked(l, nil) }
 func (c *Conn) JoinChecked(l net.Conn, check func([]byte) error) error {
 	c.recv.Lock()
 	why := c.why
-	if why == nil && c.closed {
+	switch {
+	case why != nil:
+	case c.closed:
 		why = net.ErrClosed
+	case c.local.conn != nil:
+		why = errJoined
 	}
 	if why != nil {
 		c.recv.Unlock()

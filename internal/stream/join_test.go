@@ -359,6 +359,31 @@ func TestJoinOfADeadStreamClosesTheConnection(t *testing.T) {
 	})
 }
 
+func TestASecondJoinResetsItsConnectionAndTheFirstGoesOn(t *testing.T) {
+	virtual(t, memnet.Link{}, stream.Limits{}, func(w *world) {
+		c, d := w.open()
+		app, local := memnet.Pipe(memnet.Link{})
+		joined := make(chan error, 1)
+		go func() { joined <- c.Join(local) }()
+		synctest.Wait()
+		other, second := memnet.Pipe(memnet.Link{})
+		if err := c.Join(second); err == nil {
+			t.Error("a second Join returned nil")
+		}
+		if _, err := other.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the second application reads %v", err)
+		}
+		data := random(100, 10)
+		app.Write(data)
+		app.CloseWrite()
+		wholeThenEnd(t, "the other end", d, data)
+		d.CloseWrite()
+		if err := <-joined; err != nil {
+			t.Errorf("the first Join returned %v", err)
+		}
+	})
+}
+
 // TestDataBeforeJoinIsDelivered: what came before the socket was there.
 func TestDataBeforeJoinIsDelivered(t *testing.T) {
 	x, y, incoming := overLoopback(t, stream.Limits{})
