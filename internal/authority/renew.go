@@ -158,7 +158,9 @@ func (c *Client) Run(ctx context.Context) error {
 		if credential := c.Self.Credential(); first || credential != seen {
 			seen, failures = credential, 0
 			c.learn()
-			due = c.schedule(seen)
+			if due = c.schedule(seen); !first && seen != nil && due.wait(c.now()) <= 0 {
+				due = c.late(seen)
+			}
 		}
 		if wait := due.wait(c.now()); wait > 0 {
 			timer := time.NewTimer(min(wait, longestWait))
@@ -211,6 +213,14 @@ func (c *Client) schedule(seen *identity.Credential) schedule {
 	wall := halfLife(seen, share)
 	most := time.Duration(share * float64(seen.Expires.Sub(seen.NotBefore)))
 	return schedule{wall: wall, at: now.Add(min(max(0, wall.Sub(now)), most))}
+}
+
+// late is the schedule of a credential that has just come and is past half-life on our clock: the authority's is behind,
+// and the next one will be as late. It waits for half of what is left of it here, and never less than a retry does.
+func (c *Client) late(seen *identity.Credential) schedule {
+	now := c.now()
+	at := now.Add(max(seen.Expires.Sub(now)/2, retryPause(seen, 1, nil)))
+	return schedule{wall: at.Round(0), at: at}
 }
 
 // retryPause is how long to wait after so many failures, the last of which was err.

@@ -782,6 +782,28 @@ func TestWhicheverClockIsFirstRenews(t *testing.T) {
 	}
 }
 
+// Its credentials are past half-life when they come, all of them.
+func TestAClockThatIsAheadRenewsNoOftenerThanItMust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, time.Now)
+		s.TTL = time.Minute
+		n := &network{server: s, latency: 50 * time.Millisecond}
+		c := newClient(t, n, nil)
+		c.Now = func() time.Time { return time.Now().Add(40 * time.Second) }
+		enroll(t, c, newTicket(t, s, Grant{}))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		c.Run(ctx)
+		if !c.now().Before(c.Self.Credential().Expires) {
+			t.Errorf("its credential expired at %s", c.Self.Credential().Expires)
+		}
+		// Of a minute 20 s are left.
+		if asked := n.count(nameRenew); asked < 30 || asked > 70 {
+			t.Errorf("asked %d times in ten minutes", asked)
+		}
+	})
+}
+
 func TestPausesGrowWithinBoundsAndAreJittered(t *testing.T) {
 	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 	self := newSelf(t)
