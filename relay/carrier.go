@@ -146,6 +146,7 @@ type carrier struct {
 	server  *Server
 	conn    net.Conn // under session
 	session *yamux.Session
+	hops    int  // relays that have passed conn on, and so every lane in it
 	lanes   int  // under the server's lock, as owed and retired
 	owed    int  // lanes that were offered and have not come as streams
 	retired bool // no more will come
@@ -168,7 +169,7 @@ func (r *registration) attach(ctx context.Context) error {
 		stream.Abort(conn)
 		return err
 	}
-	r.carrier = &carrier{server: s, conn: conn, session: session}
+	r.carrier = &carrier{server: s, conn: conn, session: session, hops: e.hops}
 	s.all.Go(func() {
 		defer context.AfterFunc(s.stop, func() { session.Close() })()
 		for {
@@ -233,7 +234,8 @@ func (c *carrier) close() {
 	c.session.Close()
 }
 
-// lane takes one stream of the carrier, which shows the id of a lane.
+// lane takes one stream of the carrier, which shows the id of a lane. One that ends before it has is given
+// up alone: its outlet may have had no more time for it, and the others' lanes are whole.
 func (r *registration) lane(y *yamux.Stream) {
 	switch honest, room := r.carrier.take(); {
 	case !honest:
@@ -248,9 +250,11 @@ func (r *registration) lane(y *yamux.Stream) {
 	p, err := channel.ReadPreface(c)
 	if err != nil || p.Kind != channel.KindLane {
 		c.Close()
-		r.carrier.session.Close()
+		if err == nil || errors.Is(err, channel.ErrPreface) { // no outlet says that
+			r.carrier.session.Close()
+		}
 		return
 	}
 	c.SetReadDeadline(time.Time{})
-	r.server.show(r.server.stop, p, 0, c)
+	r.server.show(r.server.stop, p, r.carrier.hops, c)
 }

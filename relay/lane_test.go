@@ -11,6 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/yamux"
+
 	"github.com/portal-tunnel/portal/abac"
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/inlet"
@@ -93,6 +95,33 @@ func (p *puppet) registered(name string) *stream.Conn {
 		p.w.Fatal(err)
 	}
 	return c
+}
+
+// carrying is an outlet with a carrier, which the test is to show the id of.
+func (p *puppet) carrying(name string) (offers *stream.Conn, id [16]byte) {
+	p.w.Helper()
+	c, err := p.ask(stream.Header{Kind: stream.Register, Name: name, Body: append(make([]byte, 16), byte(relay.Yamux))})
+	if err != nil {
+		p.w.Fatal(err)
+	}
+	b := make([]byte, 49)
+	if _, err := io.ReadFull(c, b); err != nil || b[0] != 2 {
+		p.w.Fatalf("offered %x, %v", b, err)
+	}
+	return c, [16]byte(b[1:17])
+}
+
+// carries begins a carrier on a connection that has shown its id.
+func (w *town) carries(conn net.Conn) *yamux.Session {
+	w.Helper()
+	config := yamux.DefaultConfig()
+	config.LogOutput = io.Discard
+	session, err := yamux.Client(conn, config)
+	if err != nil {
+		w.Fatal(err)
+	}
+	w.Cleanup(func() { session.Close() })
+	return session
 }
 
 func TestALanesIDIsGoodOnceForTenSecondsAndItsControlChannel(t *testing.T) {

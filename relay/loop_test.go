@@ -169,6 +169,39 @@ func TestHopsAreCountedOnTheConnectionThatIsPassedOn(t *testing.T) {
 	})
 }
 
+// A carrier that has gone round has brought its lanes with it.
+func TestTheLanesOfACarrierHavePassedAsManyRelaysAsIt(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		w.ring(relayAddr)
+		self := w.member(serves("db"))
+		p := w.puppet(self)
+		offers, id := p.carrying("db")
+		conn, err := w.net.Dial(context.Background(), "mem", relayAddr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Write(channel.Preface{Kind: channel.Carrier, ID: id}.Append(channel.HopPreface(channel.MaxHops).Append(nil)))
+		session := w.carries(conn)
+		caller := w.show(channel.KindLane, w.puppet(w.member(agent)).offered())
+		w.offer(offers) // and a stream is expected
+		next, err := p.ask(stream.Header{Kind: stream.Next, Name: "on"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lane, err := session.OpenStream()
+		if err != nil {
+			t.Fatal(err)
+		}
+		lane.Write(channel.Preface{Kind: channel.KindLane, ID: w.offer(next)}.Append(nil))
+		lane.SetReadDeadline(time.Now().Add(5 * time.Second)) // the next relay would wait for longer
+		if _, err := lane.Read(make([]byte, 1)); err == nil || isTimeout(err) {
+			t.Errorf("it goes on behind %d relays: %v", channel.MaxHops+1, err)
+		}
+		stream.Abort(caller)
+		offers.Reset(stream.CodeLocal, "")
+	})
+}
+
 // A count that is no count, or stands where nobody passes anything on, ends the
 // connection at once.
 func TestACountOfHopsIsTakenOnlyAsARelayWritesIt(t *testing.T) {

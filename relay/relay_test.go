@@ -658,21 +658,8 @@ func TestACarrierWithStreamsThatWereNotOfferedEnds(t *testing.T) {
 	with(t, relay.Yamux, func(w *town) {
 		w.relay(nil)
 		p := w.puppet(w.member(serves("db")))
-		c, err := p.ask(stream.Header{Kind: stream.Register, Name: "db", Body: append(make([]byte, 16), 1)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		b := make([]byte, 49)
-		if _, err := io.ReadFull(c, b); err != nil || b[0] != 2 {
-			t.Fatalf("%x, %v", b, err)
-		}
-		conn := w.show(channel.Carrier, [16]byte(b[1:17]))
-		config := yamux.DefaultConfig()
-		config.LogOutput = io.Discard
-		session, err := yamux.Client(conn, config)
-		if err != nil {
-			t.Fatal(err)
-		}
+		c, id := p.carrying("db")
+		session := w.carries(w.show(channel.Carrier, id))
 		if y, err := session.OpenStream(); err == nil {
 			y.Write(make([]byte, 1000))
 		}
@@ -686,24 +673,54 @@ func TestACarrierWithStreamsThatWereNotOfferedEnds(t *testing.T) {
 	})
 }
 
+// An outlet that ends, or has no more time, may have begun a lane and not said which.
+func TestALaneThatDoesNotSayWhichItIsEndsAlone(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		w.relay(nil)
+		out, at := w.puppet(w.member(serves("db"))), w.puppet(w.member(agent))
+		offers, id := out.carrying("db")
+		session := w.carries(w.show(channel.Carrier, id))
+		begin := func() (near net.Conn, far *yamux.Stream, id [16]byte) {
+			near = w.show(channel.KindLane, at.offered())
+			id = w.offer(offers)
+			far, err := session.OpenStream()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return near, far, id
+		}
+		near, far, id := begin()
+		far.Write(channel.Preface{Kind: channel.KindLane, ID: id}.Append(nil))
+		w.passes([2]net.Conn{near, far})
+		gone, silent, _ := begin()
+		silent.Write([]byte("prtl"))
+		silent.Close()
+		if _, err := io.ReadAll(silent); err != nil {
+			t.Errorf("the one without an id: %v", err)
+		}
+		w.passes([2]net.Conn{near, far})
+		stream.Abort(gone)
+		wrong, last, _ := begin()
+		last.Write(make([]byte, channel.PrefaceSize))
+		<-session.CloseChan()
+		stream.Abort(wrong)
+		stream.Abort(near)
+		offers.Reset(stream.CodeLocal, "")
+	})
+}
+
 // yamux answers each ping on a goroutine of its own, which stays while nothing can be
 // written.
 func TestACarrierThatPingsWithoutEndEnds(t *testing.T) {
 	with(t, relay.Yamux, func(w *town) {
 		w.relay(nil)
 		p := w.puppet(w.member(serves("db")))
-		c, err := p.ask(stream.Header{Kind: stream.Register, Name: "db", Body: append(make([]byte, 16), 1)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		b := make([]byte, 49)
-		if _, err := io.ReadFull(c, b); err != nil || b[0] != 2 {
-			t.Fatalf("%x, %v", b, err)
-		}
-		conn := w.show(channel.Carrier, [16]byte(b[1:17])) // and it reads nothing
+		c, id := p.carrying("db")
+		conn := w.show(channel.Carrier, id) // and it reads nothing
 		before := runtime.NumGoroutine()
 		pings := bytes.Repeat([]byte{0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0}, 1000)
 		most := 0
+		var err error
 		conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
 		for i := 0; i < 50 && err == nil; i++ {
 			_, err = conn.Write(pings)
