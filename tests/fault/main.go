@@ -3,6 +3,7 @@
 //	go run ./tests/fault truncation [-cuts 20] [-stalls 2] [-size 8388608] [-o FILE] [TUNNEL…]
 //	go run ./tests/fault truncation -far 'CMD {target} {addr}' -near 'CMD {far} {listen}'
 //	go run ./tests/fault proxy -to ADDR [-listen ADDR] [-delay D] [-rate BYTES] [FAULT…]
+//	go run ./tests/fault ledger -through URL -past URL [-clients 8] [-for 30s]
 //
 // truncation sends what a reader can check through each tunnel, cuts the connection between its two ends
 // in mid-transfer by FIN and by RST at two offsets, or lets nothing pass any more, and prints what the
@@ -22,6 +23,11 @@
 //	insert@r5,n=50                  50 bytes that nobody sealed, in front
 //	truncate@r5,n=1 extend@r5,n=1   a byte less or more; ,fit makes the length fit
 //	reflect@r5 exchange@r5          back to who sent it; exchanged with that of another connection
+//
+// ledger moves money in a PostgreSQL database through the tunnel that URL leads through, for as long as you
+// cut that or kill its processes, then compares the books past the tunnel with what the clients were
+// told. It exits 1 when a transaction that was acknowledged is not there exactly once, when one is that
+// nobody asked for, when money came or went, or when a result that ended in good order was not whole.
 package main
 
 import (
@@ -42,9 +48,9 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	commands := map[string]func(context.Context, []string) error{"truncation": truncation, "proxy": between}
+	commands := map[string]func(context.Context, []string) error{"truncation": truncation, "proxy": between, "ledger": bank}
 	if len(os.Args) < 2 || commands[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: fault truncation|proxy …; -h behind either says more")
+		fmt.Fprintln(os.Stderr, "usage: fault truncation|proxy|ledger …; -h behind either says more")
 		os.Exit(2)
 	}
 	err := commands[os.Args[1]](ctx, os.Args[2:])
