@@ -45,6 +45,10 @@ const (
 	// have on its way: together 64 MiB at each end.
 	carrierLanes  = 64
 	carrierWindow = 1 << 20
+	// carrierStreams bounds the lanes together with those that are over here and not at the other
+	// end, each of which may hold its window for as long as twice lingerTime. An honest outlet
+	// has ended them long before.
+	carrierStreams = 2 * carrierLanes
 )
 
 // carrierConfig settles what yamux's defaults get wrong here: an open that is not
@@ -130,8 +134,8 @@ func (c *carried) CloseWrite() error { return c.Stream.Close() }
 
 // Close ends both and frees whoever reads or writes.
 func (c *carried) Close() error {
+	c.Stream.SetDeadline(time.Unix(1, 0)) // first: what Close has to say may wait for the session
 	err := c.Stream.Close()
-	c.Stream.SetDeadline(time.Unix(1, 0))
 	c.once.Do(func() {
 		if c.over != nil {
 			c.over()
@@ -155,7 +159,7 @@ type carrier struct {
 // attach invites the outlet's carrier and starts taking its lanes.
 func (r *registration) attach(ctx context.Context) error {
 	s := r.server
-	e := s.expect(channel.Carrier)
+	e := s.expect(channel.Carrier, true)
 	if err := r.tell(offer{kind: offerCarrier, id: e.id}); err != nil {
 		e.forget()
 		return err
@@ -206,7 +210,7 @@ func (c *carrier) offered() {
 func (c *carrier) take() (honest, room bool) {
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
-	if c.owed == 0 {
+	if c.owed == 0 || c.session.NumStreams() > carrierStreams {
 		return false, false
 	}
 	c.owed--

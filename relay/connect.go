@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/portal-tunnel/portal/identity"
@@ -169,7 +170,7 @@ func (s *Server) trusts(id identity.ID) bool {
 // invite answers with an id and returns the connection that shows it, and how many
 // other relays have passed that on.
 func (p *passage) invite(key [32]byte) (shown net.Conn, hops int, err error) {
-	e := p.server.expect(channel.KindLane)
+	e := p.server.expect(channel.KindLane, !p.member.foreign())
 	c := p.in.Accept()
 	c.SetDeadline(time.Now().Add(showTime))
 	_, err = c.Write(offer{offerLane, e.id, key}.append(nil))
@@ -182,7 +183,7 @@ func (p *passage) invite(key [32]byte) (shown net.Conn, hops int, err error) {
 	return shown, e.hops, err
 }
 
-// local hands the lane to an authority of this process.
+// local hands the lane to an authority of this process, and counts it until that has closed it.
 func (p *passage) local(take func(context.Context, net.Conn)) {
 	key := newKey()
 	c, _, err := p.invite(key)
@@ -193,7 +194,33 @@ func (p *passage) local(take func(context.Context, net.Conn)) {
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, authorityTime)
 	defer cancel()
-	take(ctx, &channel.Lane{Conn: c, Key: key})
+	h := &handed{Conn: c, over: make(chan struct{})}
+	take(ctx, &channel.Lane{Conn: h, Key: key})
+	select {
+	case <-h.over:
+	case <-ctx.Done():
+		stream.Abort(h)
+	}
+}
+
+// handed is a connection whose new owner closes it.
+type handed struct {
+	net.Conn
+	once sync.Once
+	over chan struct{} // closed with it
+}
+
+func (h *handed) Close() error {
+	h.once.Do(func() { close(h.over) })
+	return h.Conn.Close()
+}
+
+// SetLinger is Abort's, of connections that have it.
+func (h *handed) SetLinger(sec int) error {
+	if t, ok := h.Conn.(interface{ SetLinger(int) error }); ok {
+		return t.SetLinger(sec)
+	}
+	return nil
 }
 
 // remote joins the caller's side to one that an outlet opens.

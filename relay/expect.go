@@ -18,13 +18,14 @@ const showTime = 10 * time.Second
 type expected struct {
 	server *Server
 	kind   channel.Kind
+	known  bool // by a member, or by an authority that has registered
 	id     laneID
 	conn   chan net.Conn // takes one
 	hops   int           // relays that have passed that one on; set before
 }
 
-func (s *Server) expect(kind channel.Kind) *expected {
-	e := &expected{server: s, kind: kind, id: newID(), conn: make(chan net.Conn, 1)}
+func (s *Server) expect(kind channel.Kind, known bool) *expected {
+	e := &expected{server: s, kind: kind, known: known, id: newID(), conn: make(chan net.Conn, 1)}
 	s.mu.Lock()
 	s.expected[e.id] = e
 	s.mu.Unlock()
@@ -70,21 +71,24 @@ func (e *expected) forget() {
 	}
 }
 
-// show takes a connection that begins with an id. One that nobody expects is cut
-// off without a word: an id cannot be guessed, and need not be explained.
-func (s *Server) show(_ context.Context, p channel.Preface, hops int, c net.Conn) {
+// show takes a connection that begins with an id, and says whether somebody known was to make
+// it. One that nobody expects is cut off without a word: an id cannot be guessed, and need not
+// be explained.
+func (s *Server) show(_ context.Context, p channel.Preface, hops int, c net.Conn) (known bool) {
 	stream.Arm(c)
 	s.mu.Lock()
 	e := s.expected[p.ID]
-	known := e != nil && e.kind == p.Kind
-	if known {
+	expected := e != nil && e.kind == p.Kind
+	if expected {
+		known = e.known
 		delete(s.expected, p.ID)
 		e.hops = hops
 		e.conn <- c // has room for the one
 	}
 	s.mu.Unlock()
-	if !known {
+	if !expected {
 		stream.Abort(c)
 		s.log.Debug("a connection showed an id that is not expected", "from", c.RemoteAddr())
 	}
+	return known
 }

@@ -22,5 +22,8 @@ func (s *Server) Held() int {
 	return len(s.expected) + len(s.pools) + len(s.members) + len(s.controls)
 }
 
+// CarrierIdle is how long a carrier is left without lanes and a registration.
+var CarrierIdle = &carrierIdle
+
 // Orderly is what a log says of an end.
 var Orderly = orderly

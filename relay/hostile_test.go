@@ -62,19 +62,20 @@ func (w *town) hostileAt(addr string, asked func(*hostile, *link.Live, *stream.I
 			Accept: h.question,
 			Opened: func(l *link.Live) { h.mu.Lock(); h.controls = append(h.controls, l); h.mu.Unlock() },
 		}},
-		Lane: func(_ context.Context, p channel.Preface, _ int, c net.Conn) {
+		Lane: func(_ context.Context, p channel.Preface, _ int, c net.Conn) (known bool) {
 			h.mu.Lock()
 			h.conns = append(h.conns, c)
 			shown := h.expected[p.ID]
 			h.mu.Unlock()
 			if shown == nil {
 				stream.Abort(c)
-				return
+				return false
 			}
 			select {
 			case shown <- c:
 			case <-stop.Done():
 			}
+			return false
 		},
 	}
 	ln := w.listen(addr)
@@ -998,6 +999,58 @@ func TestAHopLeadsToWhoeverIsPinnedOrProvesToBeARelay(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A relay that ends registrations and keeps their carriers would have an outlet hold one more for each.
+func TestAnOutletEndsACarrierThatItsRelayKeepsForNothing(t *testing.T) {
+	idle := *relay.CarrierIdle
+	*relay.CarrierIdle = 50 * time.Millisecond
+	defer func() { *relay.CarrierIdle = idle }()
+	with(t, relay.Yamux, func(w *town) {
+		h := w.hostileAt(relayAddr, honest)
+		ln := w.client(w.member(serves("db")), by(relay.Yamux)).Listen("db", nil)
+		var sessions []*yamux.Session
+		for i := range 3 {
+			var registration *stream.Conn
+			w.until("it is registered", func() bool {
+				h.mu.Lock()
+				defer h.mu.Unlock()
+				if len(h.registered["db"]) > i {
+					registration = h.registered["db"][i]
+				}
+				return registration != nil
+			})
+			id, shown := h.expect()
+			registration.Write(makeOffer(2, id, [32]byte{}))
+			config := yamux.DefaultConfig()
+			config.LogOutput = io.Discard
+			session, err := yamux.Server(h.await(shown), config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sessions = append(sessions, session)
+			if i == 2 { // and one that is in use
+				id, _ := h.expect()
+				registration.Write(makeOffer(1, id, random32()))
+				y, err := session.AcceptStream()
+				if err != nil {
+					t.Fatal(err)
+				}
+				lane, err := ln.Accept()
+				if err != nil {
+					t.Fatal(err)
+				}
+				registration.Reset(stream.CodeAway, "")
+				w.until("the others end", func() bool { return sessions[0].IsClosed() && sessions[1].IsClosed() })
+				w.passes([2]net.Conn{lane, y})
+				y.Close()
+				stream.Abort(lane)
+				w.until("it ends behind its lane", session.IsClosed)
+				return
+			}
+			registration.Reset(stream.CodeAway, "")
+		}
+	})
 }
 
 func TestARelayOpensNoStreamInACarrier(t *testing.T) {

@@ -3,6 +3,7 @@ package relay_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -232,6 +233,64 @@ func TestStrangersDoNotTakeTheLanesOfMembers(t *testing.T) {
 	})
 }
 
+// An authority shows no credential. It comes for as many lanes as members ask it for, also when
+// strangers crowd the relay; whoever has shown none and asks is a stranger still.
+func TestACrowdKeepsNoMemberFromAnAuthorityThatDialsBack(t *testing.T) {
+	for name, c := range map[string]struct {
+		caller      func(w *town) *identity.Self
+		least, most int
+	}{
+		"a member":   {func(w *town) *identity.Self { return w.member(agent) }, 60, 60},
+		"a stranger": {(*town).stranger, 1, 20}, // by chance one in 128 of those beyond
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(w *town) {
+				w.relay(func(s *relay.Server) { s.Limits.Link.HalfOpen = 200 })
+				at := &relay.Client{Addr: relayAddr, Dial: w.net.From("10.0.0.50"), Node: w.node(), Self: w.authority, Trust: w.trust()}
+				ln := at.Listen(relay.AuthorityName, nil)
+				w.run(at.Run)
+				caller := w.client(c.caller(w), func(c *relay.Client) { c.Dial = w.net.From("10.0.0.51") })
+				synctest.Wait()
+				for i := range 150 { // silent for 10 s
+					conn, err := w.net.From(fmt.Sprintf("10.1.0.%d", 1+i))(context.Background(), "mem", relayAddr)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer stream.Abort(conn)
+				}
+				synctest.Wait()
+				go func() {
+					for {
+						lane, err := ln.Accept()
+						if err != nil {
+							return
+						}
+						io.WriteString(lane, "x")
+						stream.Disarm(lane.(*channel.Lane).Conn)
+						lane.Close()
+					}
+				}()
+				reached := 0
+				for range 60 {
+					near, err := caller.Lane(context.Background(), relay.AuthorityName, w.authority.ID())
+					if err != nil {
+						continue
+					}
+					near.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+					if n, _ := near.Read(make([]byte, 1)); n == 1 {
+						reached++
+					}
+					stream.Abort(near)
+				}
+				if reached < c.least || reached > c.most {
+					t.Errorf("the authority was reached %d times of 60", reached)
+				}
+				ln.Close()
+			})
+		})
+	}
+}
+
 func TestNamesAreForWhoMayAskForThemNow(t *testing.T) {
 	in(t, func(w *town) {
 		w.relay(nil)
@@ -246,6 +305,37 @@ func TestNamesAreForWhoMayAskForThemNow(t *testing.T) {
 		if names, _ := client.Names(context.Background()); len(names) != 0 {
 			t.Errorf("after its credential it is told of %v", names)
 		}
+	})
+}
+
+func TestWhoRegistersInALoopIsTurnedAway(t *testing.T) {
+	in(t, func(w *town) {
+		s, _ := w.relay(nil)
+		p := w.puppet(w.member(serves("db")))
+		register := func() error {
+			c, err := p.ask(stream.Header{Kind: stream.Register, Name: "db", Body: make([]byte, 17)})
+			if err == nil {
+				c.Close()
+			}
+			return err
+		}
+		n := 0
+		for ; n < 1000 && register() == nil; n++ {
+		}
+		if n != 512 {
+			t.Errorf("%d registrations at once", n)
+		}
+		if err := register(); code(err) != stream.CodeBusy {
+			t.Errorf("one more: %v", err)
+		}
+		w.sleep(time.Second)
+		n = 0
+		for ; n < 100 && register() == nil; n++ {
+		}
+		if n < 31 || n > 33 {
+			t.Errorf("%d more after a second", n)
+		}
+		w.until("none is left", func() bool { return s.Registrations("db") == 0 })
 	})
 }
 

@@ -199,12 +199,14 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 		}
 		open = func(ctx context.Context, o offer) (net.Conn, error) { return carriedLane(ctx, session, live, o) }
 		// Lanes outlive the registration and the listener: the relay ends the carrier
-		// behind the last, the end of Run at the latest. A stream that the relay opens
-		// itself is nobody's, and would hold a window: with that it ends, too.
+		// behind the last, we do when it does not, the end of Run at the latest. A stream
+		// that the relay opens itself is nobody's, and would hold a window: with that it
+		// ends, too.
 		c.all.Go(func() {
 			session.AcceptStreamWithContext(c.ctx)
 			session.Close()
 		})
+		defer func() { c.all.Go(func() { outlive(session) }) }()
 	}
 	l.tell(link.State{Kind: link.Ready, Path: c.Addr, Peer: live.Peer()})
 	for {
@@ -230,6 +232,27 @@ func (l *Listener) register(ctx context.Context, live *link.Live, lanes *sync.Wa
 			l.take(ctx, o, open)
 		})
 	}
+}
+
+// carrierIdle is how long a carrier without a registration has to have been without a lane,
+// twice, until it is not left to the relay any more. What its last lane wrote has arrived by then.
+var carrierIdle = lingerTime
+
+// outlive ends a carrier whose registration is over once it has no lanes.
+func outlive(session *yamux.Session) {
+	t := time.NewTicker(carrierIdle)
+	defer t.Stop()
+	for idle := 0; idle < 2; {
+		select {
+		case <-session.CloseChan():
+			return
+		case <-t.C:
+		}
+		if idle++; session.NumStreams() > 0 {
+			idle = 0
+		}
+	}
+	session.Close()
 }
 
 var errLeaving = errors.New("it, or the way to it, is going away")

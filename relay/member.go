@@ -12,6 +12,9 @@ const (
 	// goroutine. An inlet asks once for each channel, not for each stream.
 	askBurst     = 128
 	askPerSecond = 32
+	// registerBurst is every name that an identity may have by default, twice: a process that
+	// lost its relay registers all of them again.
+	registerBurst = 2 * defaultRegistrations
 )
 
 // memberKey tells the members of one authority from those of another; the zero
@@ -26,8 +29,7 @@ type member struct {
 	refs int            // control channels, lanes, registrations: kept while there are any
 
 	outstanding, lanes, registrations int
-	asks                              float64 // the bucket's level
-	askedAt                           time.Time
+	asks, registers                   bucket
 }
 
 // foreign says that it has shown no credential.
@@ -150,16 +152,33 @@ func (s *Server) release(m *member, n *int) {
 	s.dropLocked(m)
 }
 
-// mayAsk takes one question out of the member's bucket.
+// mayAsk counts one question, and is false when that is one too many; mayRegister the same of a
+// registration.
 func (s *Server) mayAsk(m *member) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return m.asks.take(askBurst)
+}
+
+func (s *Server) mayRegister(m *member) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return m.registers.take(registerBurst)
+}
+
+// bucket loses askPerSecond of its level.
+type bucket struct {
+	level float64
+	at    time.Time
+}
+
+func (b *bucket) take(burst float64) bool {
 	now := time.Now()
-	m.asks = max(0, m.asks-now.Sub(m.askedAt).Seconds()*askPerSecond)
-	m.askedAt = now
-	if m.asks >= askBurst {
+	b.level = max(0, b.level-now.Sub(b.at).Seconds()*askPerSecond)
+	b.at = now
+	if b.level >= burst {
 		return false
 	}
-	m.asks++
+	b.level++
 	return true
 }

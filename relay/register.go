@@ -57,6 +57,10 @@ func (s *Server) register(l *link.Live, in *stream.Incoming) {
 		return
 	}
 	m, peer := s.member(l)
+	if !s.mayRegister(m) {
+		in.Refuse(stream.CodeBusy, "registered too often")
+		return
+	}
 	r := &registration{server: s, key: poolKey{m.key.authority, name}, member: m, instance: body.instance}
 	ctx, cancel := context.WithCancelCause(s.stop)
 	var held *lease.Lease
@@ -151,7 +155,7 @@ func (r *registration) summon(ctx context.Context, key [32]byte) (net.Conn, erro
 	if r.carrier != nil {
 		r.carrier.offered()
 	}
-	e := r.server.expect(channel.KindLane)
+	e := r.server.expect(channel.KindLane, true)
 	if err := r.tell(offer{offerLane, e.id, key}); err != nil {
 		e.forget()
 		return nil, err

@@ -87,7 +87,7 @@ type Server struct {
 	AllowNext                *abac.Policy   // who may go on to them; nil refuses everybody
 
 	// Local are authorities of this process: they are reached by connect as others
-	// are, and take the lane. They own it.
+	// are, and take the lane. They own it, and it is cut after a minute or when ctx ends.
 	Local map[identity.ID]func(ctx context.Context, lane net.Conn)
 
 	// Many reports whether an address is another relay's, from which many come.
@@ -190,11 +190,14 @@ func (s *Server) Drain(ctx context.Context) (left int) {
 	s.init()
 	s.mu.Lock()
 	s.draining = true
-	idle := make(chan struct{})
-	if s.lanes == 0 {
-		close(idle)
-	} else {
-		s.idle = idle
+	idle := s.idle // of another Drain that waits
+	if idle == nil {
+		idle = make(chan struct{})
+		if s.lanes == 0 {
+			close(idle)
+		} else {
+			s.idle = idle
+		}
 	}
 	s.mu.Unlock()
 	s.links.Drain()

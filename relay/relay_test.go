@@ -333,6 +333,90 @@ func TestAnAuthorityOfTheRelaysProcessTakesItsLanes(t *testing.T) {
 	})
 }
 
+// Whoever asks an authority need not be anybody: such lanes count, end, and are waited for like others.
+func TestALaneToAnAuthorityOfTheRelaysProcessCountsUntilItIsOver(t *testing.T) {
+	in(t, func(w *town) {
+		took := make(chan net.Conn, 2)
+		s, _ := w.relay(func(s *relay.Server) {
+			s.Local = map[identity.ID]func(context.Context, net.Conn){w.authority.ID(): func(_ context.Context, c net.Conn) { took <- c }}
+		})
+		client := w.client(w.stranger(), nil)
+		ask := func() (near, far net.Conn) {
+			near, err := client.Lane(context.Background(), relay.AuthorityName, w.authority.ID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return near, <-took
+		}
+		near, far := ask()
+		synctest.Wait()
+		if n := s.Lanes(); n != 1 {
+			t.Errorf("%d lanes while the authority has one", n)
+		}
+		begin := time.Now()
+		near.SetReadDeadline(begin.Add(2 * time.Minute))
+		w.isReset(near)
+		if d := time.Since(begin); d != time.Minute {
+			t.Errorf("the lane lasted %v", d)
+		}
+		if _, err := far.Write(make([]byte, 1)); err == nil {
+			t.Error("the authority writes to it")
+		}
+		synctest.Wait()
+		if n := s.Lanes(); n != 0 {
+			t.Errorf("%d lanes behind it", n)
+		}
+		near, far = ask()
+		left := make(chan int)
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			defer cancel()
+			left <- s.Drain(ctx)
+		}()
+		w.sleep(time.Second)
+		select {
+		case n := <-left:
+			t.Fatalf("the relay leaves %d lanes and goes", n)
+		default:
+		}
+		far.Close()
+		if n := <-left; n != 0 {
+			t.Errorf("%d lanes are left", n)
+		}
+		stream.Abort(near)
+	})
+}
+
+func TestEveryDrainReturnsWhenTheLastLaneIsOver(t *testing.T) {
+	in(t, func(w *town) {
+		s, _ := w.relay(nil)
+		_, ends := lanePair(w, w.member(agent), w.member(serves("db")), relay.DialBack)
+		left := make(chan int)
+		for range 2 {
+			go func() {
+				ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+				defer cancel()
+				left <- s.Drain(ctx)
+			}()
+			w.sleep(time.Second)
+		}
+		for _, c := range ends {
+			stream.Abort(c)
+		}
+		w.sleep(time.Second)
+		for range 2 {
+			select {
+			case n := <-left:
+				if n != 0 {
+					t.Errorf("%d lanes are left", n)
+				}
+			default:
+				t.Error("one waits for what is over")
+			}
+		}
+	})
+}
+
 func TestARelayMustProveThatItIsOne(t *testing.T) {
 	for name, c := range map[string]struct {
 		self func(w *town) *identity.Self
@@ -670,6 +754,34 @@ func TestACarrierWithStreamsThatWereNotOfferedEnds(t *testing.T) {
 		}
 		session.Close()
 		c.Reset(stream.CodeLocal, "")
+	})
+}
+
+// What is over at the relay stays for a while in yamux, with all that came of it, when the outlet does
+// not end it.
+func TestACarrierWhoseLanesAreNotEndedEnds(t *testing.T) {
+	with(t, relay.Yamux, func(w *town) {
+		w.relay(nil)
+		out, at := w.puppet(w.member(serves("db"))), []*puppet{w.puppet(w.member(agent)), w.puppet(w.member(agent))}
+		offers, id := out.carrying("db")
+		session := w.carries(w.show(channel.Carrier, id))
+		n := 0
+		for ; n < 200 && !session.IsClosed(); n++ {
+			near := w.show(channel.KindLane, at[n/100].offered())
+			id := w.offer(offers)
+			far, err := session.OpenStream()
+			if err != nil {
+				break
+			}
+			far.Write(channel.Preface{Kind: channel.KindLane, ID: id}.Append([]byte(nil)))
+			stream.Abort(near)
+			io.Copy(io.Discard, far) // until the relay has ended its side
+		}
+		if n < 100 || n == 200 {
+			t.Errorf("the carrier has taken %d lanes that did not end", n)
+		}
+		session.Close()
+		offers.Reset(stream.CodeLocal, "")
 	})
 }
 

@@ -61,8 +61,10 @@ type Server struct {
 	// Lane takes connections that are no channels of this node but parts of a
 	// relay's (kinds lane and carrier), on the connection's own goroutine. It owns
 	// the connection, which it ends with ctx at the latest, and is told how many other
-	// relays have passed it on. Nil closes them, and those that were passed on.
-	Lane   func(ctx context.Context, p channel.Preface, hops int, c net.Conn)
+	// relays have passed it on. Known says that somebody whose channels count as proof was told
+	// to make it: it is not held against its source. Nil closes them, and those that were
+	// passed on.
+	Lane   func(ctx context.Context, p channel.Preface, hops int, c net.Conn) (known bool)
 	Limits Limits
 	// Many reports whether an address is one that many strangers come from, as a
 	// relay's is: each connection then counts as a source of its own. Nil: none is.
@@ -198,7 +200,14 @@ func (s *Server) lane(ctx, limited context.Context, newcomer *stranger, log *slo
 	if err == nil && s.Lane != nil && (p.Kind == channel.KindLane || p.Kind == channel.Carrier) {
 		cancel()
 		s.leave(newcomer)
-		s.Lane(ctx, p, hops, c)
+		if s.Lane(ctx, p, hops, c) {
+			s.mu.Lock()
+			s.half.proved(newcomer)
+			s.mu.Unlock()
+			if !newcomer.many {
+				s.sieve.pardon(newcomer.from)
+			}
+		}
 		return
 	}
 	var l *Live

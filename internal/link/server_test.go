@@ -153,6 +153,35 @@ func TestInACrowdWhatBecomesAChannelIsNotCounted(t *testing.T) {
 	})
 }
 
+// A relay says which lanes it wanted.
+func TestInACrowdALaneThatWasWantedIsNotCounted(t *testing.T) {
+	for wanted, bounds := range map[bool][2]int{true: {60, 60}, false: {8, 16}} {
+		in(t, func(w *town) {
+			s := w.server()
+			s.Limits.HalfOpen = 200
+			came := 0
+			s.Lane = func(_ context.Context, _ channel.Preface, _ int, c net.Conn) bool {
+				came++
+				c.Close()
+				return wanted
+			}
+			stop := w.serve(s, "10.0.0.1:1")
+			for i := range 100 {
+				w.knock(fmt.Sprintf("10.1.0.%d", 1+i), "10.0.0.1:1")
+			}
+			for range 60 {
+				c := w.knock("10.0.0.66", "10.0.0.1:1")
+				c.Write(channel.Preface{Kind: channel.KindLane, ID: [16]byte{1}}.Append(nil))
+				synctest.Wait()
+			}
+			if came < bounds[0] || came > bounds[1] {
+				t.Errorf("wanted %v: %d of 60 lanes came", wanted, came)
+			}
+			stop()
+		})
+	}
+}
+
 // An office is one address: when one of it has come in, the others need not wait.
 func TestABarredSourceThatShowsACredentialIsLetIn(t *testing.T) {
 	in(t, func(w *town) {

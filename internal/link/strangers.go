@@ -34,7 +34,7 @@ type strangers struct {
 }
 
 // tries are the lanes that a source has had lately: they are forgotten at a rate, and
-// those that have become channels at once.
+// those that have proved themselves at once.
 type tries struct {
 	had    float64
 	beyond float64   // what a crowd had no room for
@@ -139,7 +139,7 @@ func (h *strangers) leave(old *stranger) {
 	}
 }
 
-// proved takes off a lane that is a confirmed channel now.
+// proved takes off a lane that is a confirmed channel now, or one that was wanted.
 func (h *strangers) proved(who *stranger) {
 	h.leave(who)
 	if t := h.tried[who.from]; t != nil && !who.many {

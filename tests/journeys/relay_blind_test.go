@@ -74,12 +74,13 @@ func takeOver(t testing.TB, self *identity.Self, at string, authority identity.I
 				}()
 			},
 		}},
-		Lane: func(ctx context.Context, p channel.Preface, _ int, c net.Conn) {
+		Lane: func(ctx context.Context, p channel.Preface, _ int, c net.Conn) (known bool) {
 			select {
 			case w.lanes[p.ID[0]] <- c:
 			case <-ctx.Done():
 				c.Close()
 			}
+			return false
 		},
 	}
 	ended := make(chan struct{})
