@@ -27,6 +27,7 @@ import (
 // Limits of an outlet. The zero value has the defaults.
 type Limits struct {
 	Streams     int           // connections to the target at once; default 90, below PostgreSQL's 100
+	StreamsEach int           // of them, of one identity, however many channels it has; default all
 	Dials       int           // of them being dialled, others wait; default 32
 	DialTimeout time.Duration // default 10 s
 	Link        link.Limits
@@ -67,6 +68,7 @@ type Server struct {
 	gone    bool        // nobody decides any more
 	over    sync.Cond   // L is mu: streams became 0
 	streams int
+	each    map[identity.ID]int // streams by whose they are
 	all     sync.WaitGroup
 	stop    context.Context // resets every stream: the last Serve returns, or Drain gave up
 	cancel  context.CancelFunc
@@ -83,6 +85,9 @@ func (s *Server) init() {
 		if s.Limits.Streams <= 0 {
 			s.Limits.Streams = DefaultStreams
 		}
+		if s.Limits.StreamsEach <= 0 {
+			s.Limits.StreamsEach = s.Limits.Streams
+		}
 		if s.Limits.Dials <= 0 {
 			s.Limits.Dials = DefaultDials
 		}
@@ -94,6 +99,7 @@ func (s *Server) init() {
 		}
 		s.dials = make(chan struct{}, s.Limits.Dials)
 		s.over.L = &s.mu
+		s.each = make(map[identity.ID]int)
 		s.allow.Store(s.Allow)
 		s.book = &lease.Book{Policy: s.allow.Load, Now: s.Now, Logger: s.log}
 		s.stop, s.cancel = context.WithCancel(context.Background())
@@ -155,19 +161,26 @@ func (s *Server) Streams() int {
 	return s.streams
 }
 
-// enter takes a place for a stream; false when there is none.
-func (s *Server) enter() bool {
+// enter takes a place for a stream of an identity; full says why there is none.
+func (s *Server) enter(id identity.ID) (full string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.streams >= s.Limits.Streams {
-		return false
+	switch {
+	case s.each[id] >= s.Limits.StreamsEach && s.Limits.StreamsEach < s.Limits.Streams:
+		return fmt.Sprintf("this identity has its %d connections of the outlet", s.Limits.StreamsEach)
+	case s.streams >= s.Limits.Streams:
+		return fmt.Sprintf("the outlet has its %d connections", s.Limits.Streams)
 	}
 	s.streams++
-	return true
+	s.each[id]++
+	return ""
 }
 
-func (s *Server) leave() {
+func (s *Server) leave(id identity.ID) {
 	s.mu.Lock()
+	if s.each[id]--; s.each[id] == 0 {
+		delete(s.each, id)
+	}
 	if s.streams--; s.streams == 0 {
 		s.over.Broadcast()
 	}
@@ -296,9 +309,9 @@ func (d desk) judge(a *admitted) {
 		held.Release()
 		return
 	}
-	if !s.enter() {
+	if full := s.enter(l.Peer().ID()); full != "" {
 		held.Release()
-		in.Decline(stream.CodeBusy, fmt.Sprintf("the outlet has its %d connections", s.Limits.Streams))
+		in.Decline(stream.CodeBusy, full)
 		return
 	}
 	s.log.Info("a stream is admitted", "stream", in.Stream(), "peer", l.Peer(), "decision", decision.Reason())
@@ -403,7 +416,7 @@ func (a *admitted) run() {
 func (a *admitted) leave() {
 	a.unstop()
 	a.lease.Release()
-	a.server.leave()
+	a.server.leave(a.live.Peer().ID())
 }
 
 // reach gives the target of a stream that wants it, and answers every other.

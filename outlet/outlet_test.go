@@ -19,6 +19,7 @@ import (
 	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/channel"
+	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/memnet"
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/outlet"
@@ -326,6 +327,29 @@ func TestMoreStreamsThanTheLimitAreBusy(t *testing.T) {
 		first.Close()
 		synctest.Wait()
 		y.echoes(y.stream(l))
+		y.echoes(second)
+	})
+}
+
+func TestOneIdentityHasItsShareOfAnOutletAndNoMore(t *testing.T) {
+	virtual(t, echoing().dial, func(s *outlet.Server) { s.Limits.Streams, s.Limits.StreamsEach = 4, 2 }, func(y *yard) {
+		greedy := y.member(agent)
+		one, two := y.callAs(greedy), y.callAs(greedy)
+		first, second := y.stream(one), y.stream(two)
+		for _, l := range []*link.Live{one, two} {
+			if _, err := ask(l, stream.Bytes, "db"); code(err) != stream.CodeBusy || !strings.Contains(err.Error(), "this identity has its 2") {
+				t.Errorf("a third stream: %v", err)
+			}
+		}
+		other := y.call(agent)
+		y.echoes(y.stream(other))
+		y.echoes(y.stream(other))
+		if _, err := ask(y.call(agent), stream.Bytes, "db"); code(err) != stream.CodeBusy || !strings.Contains(err.Error(), "the outlet has its 4") {
+			t.Errorf("a fifth stream: %v", err)
+		}
+		first.Close()
+		synctest.Wait()
+		y.echoes(y.stream(two))
 		y.echoes(second)
 	})
 }

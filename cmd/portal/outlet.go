@@ -30,6 +30,8 @@ type outletOptions struct {
 	carrierGiven bool
 	label        []string
 	streams      int
+	streamsEach  int // of one identity; 0: all
+	eachGiven    bool
 	dials        int
 	dialTimeout  time.Duration
 	grace        time.Duration
@@ -113,6 +115,9 @@ func (o outletOptions) plan() (*outletPlan, error) {
 			return nil, fail(codeUsage, "", "--%s %d: at least 1", n.flag, n.n)
 		}
 	}
+	if o.eachGiven && (o.streamsEach < 1 || o.streamsEach > o.streams) {
+		return nil, fail(codeUsage, "", "--max-streams-each %d: from 1 to the %d of --max-streams", o.streamsEach, o.streams)
+	}
 	if err := atLeast("dial-timeout", o.dialTimeout, time.Millisecond); err != nil {
 		return nil, err
 	}
@@ -184,7 +189,7 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 
 func (p *outletPlan) server(m *member, r room, log *slog.Logger) *outlet.Server {
 	limits := r.outlet(p.streams, p.command != nil)
-	limits.Dials, limits.DialTimeout = p.dials, p.dialTimeout
+	limits.StreamsEach, limits.Dials, limits.DialTimeout = p.streamsEach, p.dials, p.dialTimeout
 	return &outlet.Server{
 		Node: m.node, Name: p.name, Labels: p.labels, Target: p.reach(), Self: m.self, Trust: m.trust, Allow: p.policy,
 		Limits: limits, Logger: log,
