@@ -23,6 +23,12 @@ func TestArrivedSaysWhetherTheOutletHasAllOfIt(t *testing.T) {
 		go s.outlet.Drain(s.Context())
 		s.await(t, link.Waiting)
 	}
+	gives := func(s *street) { // up what it has not read
+		ctx, cancel := context.WithCancel(s.Context())
+		cancel()
+		s.outlet.Drain(ctx)
+		synctest.Wait()
+	}
 	for name, c := range map[string]struct {
 		first func(t *testing.T, s *street)                    // before it is asked
 		then  func(t *testing.T, s *street, lane *memnet.Conn) // while it is asked
@@ -43,6 +49,23 @@ func TestArrivedSaysWhetherTheOutletHasAllOfIt(t *testing.T) {
 			goes(t, s)
 			lane.Cut()
 		}, channel.ErrCut},
+		"an outlet that waits no longer": {nil, func(_ *testing.T, s *street, lane *memnet.Conn) {
+			gives(s)
+			lane.Resume()
+		}, syscall.ECONNRESET},
+		"one that is stopped": {nil, func(_ *testing.T, s *street, lane *memnet.Conn) {
+			go s.stopOutlet()
+			synctest.Wait()
+			lane.Resume()
+		}, syscall.ECONNRESET},
+		"one that is stopped before it hears more": {nil, func(_ *testing.T, s *street, lane *memnet.Conn) {
+			s.stopOutlet()
+			lane.Resume()
+		}, syscall.ECONNRESET},
+		"one that went away, and waits no longer": {goes, func(_ *testing.T, s *street, lane *memnet.Conn) {
+			gives(s)
+			lane.Resume()
+		}, syscall.ECONNRESET},
 		// Which takes no question any more.
 		"an outlet that went away":        {goes, func(_ *testing.T, _ *street, lane *memnet.Conn) { lane.Resume() }, nil},
 		"one that went away, and a cut":   {goes, func(_ *testing.T, _ *street, lane *memnet.Conn) { lane.Cut() }, channel.ErrCut},

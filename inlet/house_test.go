@@ -27,6 +27,8 @@ type house struct {
 	addr      string // of the inlet
 	states    chan inlet.State
 	stop      func()
+
+	stopOutlet func() // alone, and returns when it is gone
 }
 
 // member makes an identity with a credential.
@@ -108,7 +110,13 @@ func raise(t testing.TB, authority *identity.Self, lanes, local net.Listener, di
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var all sync.WaitGroup
-	all.Go(func() { h.outlet.Serve(ctx, lanes) })
+	serving, stopOutlet := context.WithCancel(ctx)
+	over := make(chan struct{})
+	all.Go(func() {
+		h.outlet.Serve(serving, lanes)
+		close(over)
+	})
+	h.stopOutlet = func() { stopOutlet(); <-over }
 	all.Go(func() { h.inlet.Run(ctx) })
 	all.Go(func() { h.inlet.Serve(ctx, local) })
 	h.stop = sync.OnceFunc(func() {

@@ -268,26 +268,27 @@ type Conn struct {
 // for whoever wants to know it and gets no answer to it from the target. Both
 // directions must have ended.
 func (c *Conn) Arrived(ctx context.Context) error {
-	// What the lane brings is in order: whoever answers a question behind it has it.
+	// What the lane brings is in order: whoever answers a question behind it has it, or has
+	// said before that it gave the stream up.
 	err := ask(ctx, c.live, stream.Probe, c.name)
 	var told *stream.RefusedError
 	switch {
 	case err == nil:
-		return nil
+		return c.Dropped()
 	case errors.As(err, &told) && (told.Code == stream.CodeAway || told.Code == stream.CodeBusy):
-		return nil
+		return c.Dropped()
 	case told != nil: // a decision that has ended reset the stream too, perhaps before that
 		return err
 	}
-	// A channel that is going away takes no question, and ends with its streams: in
-	// good order when the outlet has read all of it.
+	// A channel that is going away takes no question, and ends with its streams. The
+	// outlet's close is behind the resets of what it had not read.
 	select {
 	case <-c.live.Done():
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	if c.live.End.Agreed() {
-		return nil
+		return c.Dropped()
 	}
 	return c.live.Err()
 }

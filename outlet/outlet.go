@@ -118,6 +118,7 @@ func (s *Server) init() {
 					Judge: func(*identity.Peer) error { return nil },
 				},
 				Accept: s.admit,
+				Resets: true,
 			}},
 			Limits: s.Limits.Link,
 			Logger: s.log,
@@ -304,8 +305,7 @@ func (d desk) judge(a *admitted) {
 	}
 	a.lease = held
 	if in.Header.Kind == stream.Probe {
-		c := in.Accept()
-		c.Close()
+		in.Answer()
 		held.Release()
 		return
 	}
@@ -445,7 +445,7 @@ func (a *admitted) reach() net.Conn {
 		return nil
 	}
 	if a.in.Header.Kind == stream.PingTarget {
-		a.in.Accept().Close()
+		a.in.Answer()
 		target.Close()
 		return nil
 	}

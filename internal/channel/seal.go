@@ -167,8 +167,10 @@ func (s *sealer) owes() bool {
 	return s.writing || len(s.data)+len(s.control) > 0
 }
 
-// Flush writes what is queued, on this goroutine when the lane is free.
+// Flush writes what is queued, on this goroutine when the lane is free. Wake has another
+// one do it.
 func (s *sealer) Flush() { s.actor.Run() }
+func (s *sealer) Wake()  { s.actor.Wake() }
 
 func (s *sealer) appendLocked(q *buffer.Queue, b *buffer.Buffer, posted bool) error {
 	err := s.err

@@ -48,6 +48,9 @@ type Service struct {
 	// Idle ends a channel on which there was no stream for as long; 0: never. For
 	// services that strangers may ask, and have no reason to stay at.
 	Idle time.Duration
+	// Resets is set for services whose callers want to know what has arrived: when the
+	// server ends, it resets streams that are not over before it closes their channel.
+	Resets bool
 	// Opened is told each confirmed channel before its first stream; it must
 	// neither wait nor close it. Nil does nothing.
 	Opened func(*Live)
@@ -223,7 +226,7 @@ func (s *Server) lane(ctx, limited context.Context, newcomer *stranger, log *slo
 		return
 	}
 	service := s.Services[p.Kind]
-	s.await(ctx, l, service.Idle)
+	s.await(ctx, l, &service)
 	s.mu.Lock()
 	s.forgetLocked(l)
 	s.mu.Unlock()
@@ -235,10 +238,10 @@ func (s *Server) lane(ctx, limited context.Context, newcomer *stranger, log *slo
 
 // await returns when a channel has ended: by itself, with ctx, or after idle
 // without a stream.
-func (s *Server) await(ctx context.Context, l *Live, idle time.Duration) {
+func (s *Server) await(ctx context.Context, l *Live, service *Service) {
 	var tick <-chan time.Time
-	if idle > 0 {
-		t := time.NewTicker(idle / 2)
+	if service.Idle > 0 {
+		t := time.NewTicker(service.Idle / 2)
 		defer t.Stop()
 		tick = t.C
 	}
@@ -247,6 +250,9 @@ func (s *Server) await(ctx context.Context, l *Live, idle time.Duration) {
 		case <-l.Done():
 			return
 		case <-ctx.Done():
+			if service.Resets {
+				l.Mux.Quit(stream.CodeAway, "the server is shutting down")
+			}
 			l.Close(nil)
 			return
 		case <-tick:

@@ -56,6 +56,7 @@ type Conn struct {
 
 	send      sync.Mutex
 	writable  sync.Cond  // L is send: credit, an error
+	starved   net.Conn   // what Join reads from and watches while there is no credit; else nil
 	writes    sync.Mutex // one Write at a time; taken before send
 	ending    bool       // CloseWrite was called: no more credit is given out
 	sent      uint64
@@ -151,7 +152,7 @@ func (c *Conn) frame(kind uint8, body []byte) error {
 			// a loop, so it is counted.
 			c.mux.refused.Add(1)
 		}
-		c.end(&ResetError{Code: code, Reason: reason}, false)
+		c.end(&ResetError{Code: code, Reason: reason}, false, nil)
 		return nil
 	}
 	c.recv.Lock()
@@ -160,7 +161,7 @@ func (c *Conn) frame(kind uint8, body []byte) error {
 	if wrong {
 		return &ProtocolError{fmt.Sprintf("stream %d is refused after it was opened", c.id)}
 	}
-	c.end(&RefusedError{Code: code, Reason: reason}, false)
+	c.end(&RefusedError{Code: code, Reason: reason}, false, nil)
 	return nil
 }
 
@@ -181,39 +182,44 @@ func (c *Conn) Reset(code Code, reason string) {
 // never heard of it or the stream is over on the wire. One that is over on the
 // wire is ended only when undelivered is set.
 func (c *Conn) kill(why *ResetError, undelivered bool) {
-	tell := !c.wireOver()
-	sealed, ended := c.end(why, undelivered)
-	if ended && tell && (!c.opener || sealed) && why.Code != CodeChannel {
-		c.mux.over.Control(key(frameReset, c.id), appendCode(nil, frameReset, c.id, why.Code, why.Reason))
+	var tell []byte
+	if !c.wireOver() && why.Code != CodeChannel {
+		tell = appendCode(nil, frameReset, c.id, why.Code, why.Reason)
 	}
+	c.end(why, undelivered, tell)
 }
 
 func (c *Conn) wireOver() bool { return c.doneRecv.Load() && c.doneSend.Load() }
 
 // end ends the stream at this end for a reason that is not good order. A
 // stream that is over on the wire goes on to its reader, unless what it holds
-// cannot be delivered. It reports whether anything of ours was ever sealed,
-// and false when the stream had ended before.
-func (c *Conn) end(why error, undelivered bool) (sealed, ended bool) {
+// cannot be delivered. The other end is told by the frame tell, if it ever heard of the stream, and
+// before anything that it says next is answered. end reports false when the stream had ended before.
+func (c *Conn) end(why error, undelivered bool, tell []byte) (ended bool) {
 	if c.wireOver() && !undelivered {
-		return false, false
+		return false
 	}
 	c.recv.Lock()
 	if c.why != nil || c.settled {
 		c.recv.Unlock()
-		return false, false
+		return false
 	}
 	c.why = why
 	c.dropLocked()
+	if tell != nil && !c.opener {
+		c.mux.over.Control(key(frameReset, c.id), tell)
+	}
 	c.readable.Broadcast()
 	l := c.local.conn
 	// Both directions at once: who has read the reset must not write to nobody.
 	c.send.Lock()
 	c.failed = why
-	c.writable.Broadcast()
+	c.writableLocked()
 	c.send.Unlock()
 	c.recv.Unlock()
-	sealed = c.mux.over.Discard(&c.queue, why)
+	if sealed := c.mux.over.Discard(&c.queue, why); sealed && tell != nil && c.opener {
+		c.mux.over.Control(key(frameReset, c.id), tell)
+	}
 	c.doneRecv.Store(true)
 	c.doneSend.Store(true)
 	switch {
@@ -224,7 +230,7 @@ func (c *Conn) end(why error, undelivered bool) (sealed, ended bool) {
 		c.local.aborts.Go(func() { Abort(l) })
 	}
 	c.finished(why)
-	return sealed, true
+	return true
 }
 
 // settle finishes a stream both of whose directions are over and delivered.
@@ -269,6 +275,22 @@ func stopTimer(t **time.Timer) {
 		(*t).Stop()
 		*t = nil
 	}
+}
+
+// Dropped returns the reset that came from the other end behind the stream's end in good order: it has
+// given up what it had not read. Nil says that none has come so far.
+func (c *Conn) Dropped() error {
+	c.mux.mu.Lock()
+	defer c.mux.mu.Unlock()
+	for _, l := range c.mux.late {
+		if l.id == c.id {
+			return &ResetError{Code: l.code}
+		}
+	}
+	if c.id <= c.mux.forgot {
+		return &ResetError{Code: CodeClosed, Reason: "too many streams were reset since", Local: true}
+	}
+	return nil
 }
 
 // Done is closed when nothing of the stream is left at this end.

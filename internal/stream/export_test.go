@@ -6,3 +6,6 @@ func (c *Conn) Window() int {
 	defer c.recv.Unlock()
 	return c.window
 }
+
+// StarvedFor is how long Join waits for credit before it looks whether it was reset.
+const StarvedFor = starvedFor

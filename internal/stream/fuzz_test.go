@@ -40,6 +40,7 @@ func (s *sink) Post(q *buffer.Queue, b *buffer.Buffer) error {
 }
 
 func (s *sink) Flush() {}
+func (s *sink) Wake()  {}
 
 func (s *sink) Stop(q *buffer.Queue, err error) {
 	s.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/socket"
@@ -111,8 +112,11 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 	in := reader{conn: l, raw: c.local.raw, check: check}
 	in.init()
 	for {
-		room, err := c.room(buffer.Batch)
+		room, err := c.credited(&in)
 		if err != nil {
+			if errors.Is(err, errStarved) {
+				c.localFailed()
+			}
 			return // reset; whoever did it has closed l
 		}
 		b, n, err := in.read(min(room, c.mux.over.Budget()), c.id)
@@ -151,6 +155,37 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 		default:
 			c.localFailed()
 			return
+		}
+	}
+}
+
+// credited is room for what in reads next. When none comes for a while it watches in, and gives
+// errStarved when that is reset: nobody reads, who would be told.
+func (c *Conn) credited(in *reader) (int, error) {
+	if in.raw == nil {
+		return c.room(buffer.Batch)
+	}
+	for {
+		n, err := c.roomWithin(buffer.Batch, starvedFor)
+		if !errors.Is(err, errStarved) {
+			return n, err
+		}
+		c.send.Lock()
+		if c.failed == nil && !c.ending && c.limit == c.sent {
+			c.starved = in.conn
+		}
+		starved := c.starved != nil
+		c.send.Unlock()
+		if !starved {
+			continue
+		}
+		reset := in.awaitReset() // or until writableLocked
+		c.send.Lock()
+		c.starved = nil
+		c.send.Unlock()
+		in.conn.SetReadDeadline(time.Time{})
+		if reset {
+			return 0, errStarved
 		}
 	}
 }

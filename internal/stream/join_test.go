@@ -118,10 +118,16 @@ func TestHalfCloseLastsAsLongAsTheApplicationLikes(t *testing.T) {
 // TestResetOfASocketIsAResetOfTheOther, whoever does it and whenever.
 func TestResetOfASocketIsAResetOfTheOther(t *testing.T) {
 	moments := map[string]func(from, to duplex){
-		"idle":             func(from, to duplex) {},
-		"after its data":   func(from, to duplex) { from.Write([]byte("x")); to.Read(make([]byte, 1)) },
-		"after its end":    func(from, to duplex) { from.CloseWrite(); io.Copy(io.Discard, to) },
-		"after the other":  func(from, to duplex) { to.CloseWrite(); io.Copy(io.Discard, from) },
+		"idle":            func(from, to duplex) {},
+		"after its data":  func(from, to duplex) { from.Write([]byte("x")); to.Read(make([]byte, 1)) },
+		"after its end":   func(from, to duplex) { from.CloseWrite(); io.Copy(io.Discard, to) },
+		"after the other": func(from, to duplex) { to.CloseWrite(); io.Copy(io.Discard, from) },
+		"out of credit": func(from, to duplex) {
+			for err := error(nil); err == nil; {
+				from.SetWriteDeadline(time.Now().Add(stream.StarvedFor + 100*time.Millisecond))
+				_, err = from.Write(make([]byte, 1<<20))
+			}
+		},
 		"with much unread": func(from, to duplex) { go to.Write(make([]byte, 8<<20)); from.Read(make([]byte, 1<<20)) },
 	}
 	x, y, incoming := overLoopback(t, stream.Limits{})

@@ -27,7 +27,8 @@ import (
 type Over interface {
 	Send(q *buffer.Queue, b *buffer.Buffer) error     // takes b; may wait, may write here
 	Post(q *buffer.Queue, b *buffer.Buffer) error     // takes b; neither waits nor writes
-	Flush()                                           // writes what was posted
+	Flush()                                           // writes what was posted; may wait
+	Wake()                                            // has it written; does not wait
 	Unsent() int                                      // buffers posted and not yet written
 	Clear(n int, d time.Duration) bool                // waits until at most n control frames are unsent; false: d was too short
 	Stop(q *buffer.Queue, err error)                  // ends or resumes waiting in Send
@@ -68,7 +69,16 @@ const (
 	// that overflows it does nothing but open and reset.
 	badPerSecond = 200
 	badBurst     = 2000
+
+	// maxLate is how many late resets are remembered: who wants to know of one asks soon.
+	maxLate = 1024
 )
+
+// A late reset came for a stream that was over on the wire here.
+type late struct {
+	id   uint32
+	code Code
+}
 
 // Mux is one end of all streams of a channel. Frame and Flush are called by
 // the lane reader alone; all else from anywhere.
@@ -91,6 +101,9 @@ type Mux struct {
 
 	path    path
 	pending pending // the lane reader's
+
+	late   []late // resets of streams that were over here, the newest last
+	forgot uint32 // the highest stream of those that late had no room for
 
 	refused atomic.Int64 // opens of the other end that came to nothing, not yet counted
 	bad     float64      // the bucket's level; the lane reader's
@@ -225,6 +238,15 @@ func (m *Mux) WaitIdle() {
 	m.mu.Unlock()
 }
 
+// Quit is Away for whoever closes the channel next: what is not over on the wire is reset, as the
+// other end is told. What it is not told of until the close had all arrived.
+func (m *Mux) Quit(code Code, reason string) {
+	m.Away()
+	for _, c := range m.all() {
+		c.kill(&ResetError{Code: code, Reason: reason, Local: true}, false)
+	}
+}
+
 // ResetAll resets every stream, telling the other end why.
 func (m *Mux) ResetAll(code Code, reason string) {
 	for _, c := range m.all() {
@@ -326,12 +348,31 @@ func (m *Mux) Frame(kind uint8, id uint32, body []byte) error {
 		return m.incoming(id, body)
 	case frameOpened, frameRefused, frameEnd, frameReset, frameCredit:
 		c, err := m.find(id)
+		if err == nil && c == nil && kind == frameReset {
+			err = m.lateReset(id, body)
+		}
 		if err != nil || c == nil {
 			return err
 		}
 		return c.frame(kind, body)
 	}
 	return &ProtocolError{fmt.Sprintf("a frame of unknown kind %#x", kind)}
+}
+
+// lateReset remembers a reset of a stream that is over here: the other end had not read all of it.
+func (m *Mux) lateReset(id uint32, body []byte) error {
+	code, _, err := parseCode(body)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.late) == maxLate {
+		m.forgot = max(m.forgot, m.late[0].id)
+		m.late = append(m.late[:0], m.late[1:]...)
+	}
+	m.late = append(m.late, late{id, code})
+	return nil
 }
 
 // Flush delivers what the frames since the last one left pending. Their bodies
@@ -460,6 +501,12 @@ func (i *Incoming) Accept() *Conn {
 	return c
 }
 
+// Answer answers yes and ends the stream: whoever asks wants to know no more. It never waits.
+func (i *Incoming) Answer() {
+	i.conn.queue.Async.Store(true)
+	i.Accept().Close()
+}
+
 // Refuse answers no and says why; it never waits. It counts as an open that came to
 // nothing.
 func (i *Incoming) Refuse(code Code, reason string) {
@@ -474,7 +521,7 @@ func (i *Incoming) Decline(code Code, reason string) { i.decline(code, reason) }
 
 func (i *Incoming) decline(code Code, reason string) bool {
 	c := i.conn
-	if _, ended := c.end(&ResetError{Code: code, Reason: reason, Local: true}, false); !ended {
+	if !c.end(&ResetError{Code: code, Reason: reason, Local: true}, false, nil) {
 		return false
 	}
 	c.mux.over.Control(key(frameRefused, c.id), appendCode(nil, frameRefused, c.id, code, reason))

@@ -14,16 +14,34 @@ func (c *Conn) credit(n uint64) {
 	c.send.Lock()
 	if n > c.limit {
 		c.limit = n
-		c.writable.Broadcast()
+		c.writableLocked()
 	}
 	c.send.Unlock()
 }
 
+// writableLocked wakes whoever waits in room or starve, to look again.
+func (c *Conn) writableLocked() {
+	c.writable.Broadcast()
+	if c.starved != nil {
+		c.starved.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
 // room waits for credit and says how many bytes may be sent, at least one. It
 // returns 0 at once when none are wanted.
-func (c *Conn) room(wanted int) (int, error) {
+func (c *Conn) room(wanted int) (int, error) { return c.roomWithin(wanted, 0) }
+
+// starvedFor is how long Join waits for credit before it watches what it reads from, which its
+// peer may reset meanwhile. Most waits are far shorter.
+const starvedFor = 250 * time.Millisecond
+
+var errStarved = errors.New("no credit came")
+
+// roomWithin is room that gives up with errStarved after d, where that is not 0.
+func (c *Conn) roomWithin(wanted int, d time.Duration) (int, error) {
 	c.send.Lock()
 	defer c.send.Unlock()
+	var till time.Time
 	for {
 		switch {
 		case c.failed != nil:
@@ -36,6 +54,16 @@ func (c *Conn) room(wanted int) (int, error) {
 			return 0, nil
 		case c.limit > c.sent:
 			return int(min(c.limit-c.sent, uint64(wanted), buffer.Batch)), nil
+		case past(till):
+			return 0, errStarved
+		}
+		if d > 0 && till.IsZero() {
+			till = time.Now().Add(d)
+			defer time.AfterFunc(d, func() {
+				c.send.Lock()
+				c.writable.Broadcast()
+				c.send.Unlock()
+			}).Stop()
 		}
 		c.writable.Wait()
 	}
@@ -127,7 +155,7 @@ func (c *Conn) CloseWrite() error {
 	c.send.Lock()
 	if !c.ending {
 		c.ending = true
-		c.writable.Broadcast()
+		c.writableLocked()
 		c.mux.over.Stop(&c.queue, os.ErrDeadlineExceeded)
 		// No deadline counts any more: it would cut the end off.
 		c.writeTill = time.Time{}
@@ -162,7 +190,11 @@ func (c *Conn) sendEnd() error {
 		return c.sendError(err)
 	}
 	c.doneSend.Store(true)
-	c.mux.over.Flush()
+	if c.queue.Async.Load() {
+		c.mux.over.Wake()
+	} else {
+		c.mux.over.Flush()
+	}
 	c.settle()
 	return nil
 }
