@@ -132,16 +132,19 @@ type carried struct {
 // CloseWrite ends this direction.
 func (c *carried) CloseWrite() error { return c.Stream.Close() }
 
-// Close ends both and frees whoever reads or writes.
+// Close ends both and frees whoever reads or writes. What it has to say may wait for the session,
+// up to ConnectionWriteTimeout: a goroutine does, which ends with the session at the latest.
 func (c *carried) Close() error {
-	c.Stream.SetDeadline(time.Unix(1, 0)) // first: what Close has to say may wait for the session
-	err := c.Stream.Close()
 	c.once.Do(func() {
-		if c.over != nil {
-			c.over()
-		}
+		c.Stream.SetDeadline(time.Unix(1, 0))
+		go func() {
+			c.Stream.Close()
+			if c.over != nil {
+				c.over()
+			}
+		}()
 	})
-	return err
+	return nil
 }
 
 // carrier is the relay's end of an outlet's second connection. It outlives its
