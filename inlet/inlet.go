@@ -275,7 +275,7 @@ func (c *Conn) Arrived(ctx context.Context) error {
 	switch {
 	case err == nil:
 		return c.Dropped()
-	case errors.As(err, &told) && (told.Code == stream.CodeAway || told.Code == stream.CodeBusy):
+	case errors.As(err, &told) && !told.Local && (told.Code == stream.CodeAway || told.Code == stream.CodeBusy):
 		return c.Dropped()
 	case told != nil: // a decision that has ended reset the stream too, perhaps before that
 		return err

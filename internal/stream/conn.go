@@ -152,7 +152,9 @@ func (c *Conn) frame(kind uint8, body []byte) error {
 			// a loop, so it is counted.
 			c.mux.refused.Add(1)
 		}
-		c.end(&ResetError{Code: code, Reason: reason}, false, nil)
+		if !c.end(&ResetError{Code: code, Reason: reason}, false, nil) {
+			c.mux.lateReset(c.id, code) // over in this moment
+		}
 		return nil
 	}
 	c.recv.Lock()

@@ -43,6 +43,7 @@ func (e *ResetError) Temporary() bool { return false }
 type RefusedError struct {
 	Code   Code
 	Reason string
+	Local  bool // by this end, which asked nobody
 }
 
 func (e *RefusedError) Error() string {

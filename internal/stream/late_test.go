@@ -56,7 +56,11 @@ func TestTheOtherEndIsToldOfAResetBeforeItsBytesAreDropped(t *testing.T) {
 	over.control = func(k uint64) {
 		if k == key(frameReset, 1) {
 			asked = true
-			if c.doneRecv.Load() || c.recv.TryLock() {
+			free := c.recv.TryLock()
+			if free {
+				c.recv.Unlock()
+			}
+			if free || c.doneRecv.Load() {
 				t.Error("the lane reader may have dropped some")
 			}
 		}
@@ -68,6 +72,35 @@ func TestTheOtherEndIsToldOfAResetBeforeItsBytesAreDropped(t *testing.T) {
 	c.Reset(CodeAway, "")
 	if !asked {
 		t.Error("it is not told")
+	}
+	m.Fail(errEnding)
+}
+
+// It may come while this end's own is on its way out.
+func TestAResetThatFindsItsStreamJustOverIsRemembered(t *testing.T) {
+	var n routing.Node
+	over := &told{sink: &sink{control: make(map[uint64]bool)}}
+	m := NewMux(&n, over, true, Limits{}, nil)
+	c, err := m.Open(Header{Kind: Bytes, Name: "db"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []struct {
+		kind uint8
+		body []byte
+	}{{frameOpened, appendOffset(nil, frameOpened, c.id, firstWindow)}, {frameEnd, appendOffset(nil, frameEnd, c.id, 0)}} {
+		if err := m.Frame(f.kind, c.id, f.body[headerSize:]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.CloseWrite()
+	<-c.Done()
+	// As if it had been found before.
+	if err := c.frame(frameReset, appendCode(nil, frameReset, c.id, CodeAway, "")[headerSize:]); err != nil {
+		t.Fatal(err)
+	}
+	if c.Dropped() == nil {
+		t.Error("it says that nothing was dropped")
 	}
 	m.Fail(errEnding)
 }

@@ -189,7 +189,7 @@ func (m *Mux) openableLocked() error {
 	case m.away:
 		return errors.New("this end is going away")
 	case len(m.conns) >= m.limits.Streams:
-		return &RefusedError{Code: CodeBusy, Reason: fmt.Sprintf("%d streams are open in this channel", len(m.conns))}
+		return &RefusedError{Code: CodeBusy, Reason: fmt.Sprintf("%d streams are open in this channel", len(m.conns)), Local: true}
 	case m.next > math.MaxUint32-2:
 		return errors.New("the channel has no stream ids left")
 	}
@@ -349,7 +349,10 @@ func (m *Mux) Frame(kind uint8, id uint32, body []byte) error {
 	case frameOpened, frameRefused, frameEnd, frameReset, frameCredit:
 		c, err := m.find(id)
 		if err == nil && c == nil && kind == frameReset {
-			err = m.lateReset(id, body)
+			var code Code
+			if code, _, err = parseCode(body); err == nil {
+				m.lateReset(id, code)
+			}
 		}
 		if err != nil || c == nil {
 			return err
@@ -360,11 +363,7 @@ func (m *Mux) Frame(kind uint8, id uint32, body []byte) error {
 }
 
 // lateReset remembers a reset of a stream that is over here: the other end had not read all of it.
-func (m *Mux) lateReset(id uint32, body []byte) error {
-	code, _, err := parseCode(body)
-	if err != nil {
-		return err
-	}
+func (m *Mux) lateReset(id uint32, code Code) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.late) == maxLate {
@@ -372,7 +371,6 @@ func (m *Mux) lateReset(id uint32, body []byte) error {
 		m.late = append(m.late[:0], m.late[1:]...)
 	}
 	m.late = append(m.late, late{id, code})
-	return nil
 }
 
 // Flush delivers what the frames since the last one left pending. Their bodies
