@@ -45,10 +45,11 @@ const (
 	// have on its way: together 64 MiB at each end.
 	carrierLanes  = 64
 	carrierWindow = 1 << 20
-	// carrierStreams bounds the lanes together with those that are over here and not at the other
-	// end, each of which may hold its window for as long as twice lingerTime. An honest outlet
-	// has ended them long before.
+	// At so many streams nothing is offered: those that are over here and not at the other end hold
+	// their windows for as long as twice lingerTime. Nor is it while as many offers were not
+	// answered in the last minute: each is good for a stream, which may come late.
 	carrierStreams = 2 * carrierLanes
+	owedTime       = time.Minute
 )
 
 // carrierConfig settles what yamux's defaults get wrong here: an open that is not
@@ -153,10 +154,10 @@ type carrier struct {
 	server  *Server
 	conn    net.Conn // under session
 	session *yamux.Session
-	hops    int  // relays that have passed conn on, and so every lane in it
-	lanes   int  // under the server's lock, as owed and retired
-	owed    int  // lanes that were offered and have not come as streams
-	retired bool // no more will come
+	hops    int         // relays that have passed conn on, and so every lane in it
+	lanes   int         // offered or there; under the server's lock, as owed and retired
+	owed    []time.Time // when what has not come as a stream was offered, the oldest first
+	retired bool        // no more will come
 }
 
 // attach invites the outlet's carrier and starts taking its lanes.
@@ -201,27 +202,32 @@ func (c *carrier) retire() {
 	}
 }
 
-// offered is told before an offer that a stream of this carrier will answer.
-func (c *carrier) offered() {
-	c.server.mu.Lock()
-	c.owed++
-	c.server.mu.Unlock()
-}
-
-// take counts a lane in; give counts it out. A stream that nothing was offered for
-// is none of an honest outlet's, and holds a window: the carrier ends.
-func (c *carrier) take() (honest, room bool) {
+// reserve takes a place for a lane that is about to be offered; give gives it back.
+func (c *carrier) reserve() error {
+	streams := c.session.NumStreams() // not under the lock: yamux may hold its own while it writes
+	now := time.Now()
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
-	if c.owed == 0 || c.session.NumStreams() > carrierStreams {
-		return false, false
+	for len(c.owed) > 0 && now.Sub(c.owed[0]) > owedTime {
+		c.owed = c.owed[1:]
 	}
-	c.owed--
-	if c.retired || c.lanes >= carrierLanes {
-		return true, false
+	if c.lanes >= carrierLanes || streams >= carrierStreams || len(c.owed) >= carrierStreams {
+		return errCarrierFull
 	}
+	c.owed = append(c.owed, now)
 	c.lanes++
-	return true, true
+	return nil
+}
+
+// owes counts a stream that has come, and is false when none was offered.
+func (c *carrier) owes() bool {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	if len(c.owed) == 0 {
+		return false
+	}
+	c.owed = c.owed[1:]
+	return true
 }
 
 func (c *carrier) give() {
@@ -241,18 +247,15 @@ func (c *carrier) close() {
 	c.session.Close()
 }
 
-// lane takes one stream of the carrier, which shows the id of a lane. One that ends before it has is given
-// up alone: its outlet may have had no more time for it, and the others' lanes are whole.
+// lane takes one stream of the carrier, which shows the id of a lane. One that nothing was offered for is
+// none of an honest outlet's, and holds a window: the carrier ends. One that ends before it has shown an
+// id is given up alone: its outlet may have had no more time for it, and the others' lanes are whole.
 func (r *registration) lane(y *yamux.Stream) {
-	switch honest, room := r.carrier.take(); {
-	case !honest:
+	if !r.carrier.owes() {
 		r.carrier.session.Close()
 		return
-	case !room:
-		y.Close()
-		return
 	}
-	c := &carried{Stream: y, over: r.carrier.give}
+	c := &carried{Stream: y}
 	c.SetReadDeadline(time.Now().Add(showTime))
 	p, err := channel.ReadPreface(c)
 	if err != nil || p.Kind != channel.KindLane {

@@ -150,11 +150,24 @@ func (r *registration) tell(o offer) error {
 	return err
 }
 
-// summon has the outlet open its side of a lane.
+// summon has the outlet open its side of a lane, by its carrier if there is room in it.
 func (r *registration) summon(ctx context.Context, key [32]byte) (net.Conn, error) {
-	if r.carrier != nil {
-		r.carrier.offered()
+	if r.carrier == nil {
+		return r.meet(ctx, key)
 	}
+	if err := r.carrier.reserve(); err != nil {
+		return nil, err
+	}
+	c, err := r.meet(ctx, key)
+	if lane, ok := c.(*carried); ok {
+		lane.over = r.carrier.give
+	} else { // none, or by a connection of its own
+		r.carrier.give()
+	}
+	return c, err
+}
+
+func (r *registration) meet(ctx context.Context, key [32]byte) (net.Conn, error) {
 	e := r.server.expect(channel.KindLane, true)
 	if err := r.tell(offer{offerLane, e.id, key}); err != nil {
 		e.forget()

@@ -759,29 +759,58 @@ func TestACarrierWithStreamsThatWereNotOfferedEnds(t *testing.T) {
 
 // What is over at the relay stays for a while in yamux, with all that came of it, when the outlet does
 // not end it.
-func TestACarrierWhoseLanesAreNotEndedEnds(t *testing.T) {
+func TestACarrierWhoseLanesAreNotEndedIsOfferedNoMore(t *testing.T) {
 	with(t, relay.Yamux, func(w *town) {
 		w.relay(nil)
 		out, at := w.puppet(w.member(serves("db"))), []*puppet{w.puppet(w.member(agent)), w.puppet(w.member(agent))}
 		offers, id := out.carrying("db")
 		session := w.carries(w.show(channel.Carrier, id))
-		n := 0
-		for ; n < 200 && !session.IsClosed(); n++ {
-			near := w.show(channel.KindLane, at[n/100].offered())
-			id := w.offer(offers)
-			far, err := session.OpenStream()
-			if err != nil {
-				break
+		offered := make(chan [16]byte)
+		go func() {
+			defer close(offered)
+			b := make([]byte, 49)
+			for {
+				if _, err := io.ReadFull(offers, b); err != nil {
+					return
+				}
+				offered <- [16]byte(b[1:])
 			}
-			far.Write(channel.Preface{Kind: channel.KindLane, ID: id}.Append([]byte(nil)))
-			stream.Abort(near)
-			io.Copy(io.Discard, far) // until the relay has ended its side
+		}()
+		var fars []*yamux.Stream
+		// lane is false when the relay gives the caller up in place of offering.
+		lane := func(at *puppet) bool {
+			near, over := w.show(channel.KindLane, at.offered()), make(chan error, 1)
+			go func() {
+				_, err := near.Read(make([]byte, 1))
+				over <- err
+			}()
+			select {
+			case id := <-offered:
+				far, err := session.OpenStream()
+				if err != nil {
+					t.Fatal(err)
+				}
+				far.Write(channel.Preface{Kind: channel.KindLane, ID: id}.Append([]byte(nil)))
+				stream.Abort(near)
+				<-over
+				io.Copy(io.Discard, far) // until the relay has ended its side
+				fars = append(fars, far)
+				return true
+			case <-over:
+				return false
+			}
 		}
-		if n < 100 || n == 200 {
-			t.Errorf("the carrier has taken %d lanes that did not end", n)
+		for len(fars) < 200 && lane(at[len(fars)/100]) {
 		}
-		session.Close()
+		if len(fars) != 128 {
+			t.Errorf("%d lanes were offered and never ended", len(fars))
+		}
+		for _, far := range fars {
+			far.Close()
+		}
+		w.until("there is room again", func() bool { return lane(at[1]) })
 		offers.Reset(stream.CodeLocal, "")
+		<-offered
 	})
 }
 
