@@ -247,6 +247,7 @@ func (o *opening) respond(p Preface) error {
 	if _, err := o.lane.Write(appendField(nil, m)); err != nil {
 		return lost(err)
 	}
+	m = nil // a stranger may be waited for, and 500 more
 	if m, err = o.readMessage(message3Least, message3Most); err != nil {
 		return err
 	}

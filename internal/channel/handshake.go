@@ -140,6 +140,7 @@ func (h *handshake) write2() ([]byte, error) {
 	if err != nil || h.mix(shared, ct) != nil {
 		return nil, h.fail()
 	}
+	h.ek, h.proof = nil, nil // nothing needs them while message 3 is awaited
 	return m, nil
 }
 

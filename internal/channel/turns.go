@@ -200,6 +200,18 @@ func (t *Turns) proved(name string) {
 	defer t.mu.Unlock()
 	t.spent -= t.price
 	t.next()
+	t.remember(name)
+}
+
+// Vouch remembers a source that somebody who has proved himself answers for.
+func (t *Turns) Vouch(name string) {
+	t.begin()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.remember(name)
+}
+
+func (t *Turns) remember(name string) {
 	if _, known := t.known[name]; name == "" || known {
 		return
 	}

@@ -17,8 +17,8 @@ import (
 // Limits of a Server. The zero value has the defaults.
 type Limits struct {
 	// HalfOpen is how many lanes may be on their way to a confirmed channel;
-	// default 512. Each holds at most 16 KiB and lives at most 10 s, so all of
-	// them hold 8 MiB, and a process grows by no more than 16 in a flood of them.
+	// default 384. Each holds at most 16 KiB and lives at most 10 s, so all of
+	// them hold 6 MiB, and a process grows by no more than 16 in a flood of them.
 	HalfOpen int
 	// Channels is how many confirmed channels are kept; default 16,384. At the cap
 	// one of a peer that has shown no credential goes, chosen by chance: anybody can
@@ -33,7 +33,7 @@ type Limits struct {
 
 // The defaults of Limits.
 const (
-	DefaultHalfOpen = 512
+	DefaultHalfOpen = 384 // a flood costs some 12 MiB: 512 cost 16
 	DefaultChannels = 16384
 	defaultEach     = 256
 )
@@ -208,6 +208,7 @@ func (s *Server) lane(ctx, limited context.Context, newcomer *stranger, log *slo
 			s.half.proved(newcomer)
 			s.mu.Unlock()
 			if !newcomer.many {
+				s.turns.Vouch(newcomer.from) // others of it may be on their way
 				s.sieve.pardon(newcomer.from)
 			}
 		}
