@@ -26,10 +26,11 @@ type memberKey struct{ id, authority identity.ID }
 type member struct {
 	key  memberKey
 	peer *identity.Peer // live: what any control channel learns, it learns; under the server's lock
-	refs int            // control channels, lanes, registrations: kept while there are any
+	refs int            // control channels, lanes, registrations: kept while there are any, and see forget
 
 	outstanding, lanes, registrations int
 	asks, registers                   bucket
+	forget                            *time.Timer // of one with refs 0: it is remembered until then
 }
 
 // foreign says that it has shown no credential.
@@ -127,9 +128,38 @@ func (s *Server) peer(m *member) *identity.Peer {
 	return m.peer
 }
 
+// dropLocked forgets a member of whom nothing is left, but not what it has asked for lately. A stranger's
+// identity costs nothing, and is forgotten.
 func (s *Server) dropLocked(m *member) {
-	if m.refs--; m.refs == 0 && s.members[m.key] == m {
+	if m.refs--; m.refs > 0 || s.members[m.key] != m {
+		return
+	}
+	d := max(m.asks.drains(), m.registers.drains())
+	if m.foreign() || d <= 0 || s.stop.Err() != nil {
 		delete(s.members, m.key)
+		return
+	}
+	if m.forget != nil {
+		m.forget.Stop()
+	}
+	m.forget = time.AfterFunc(d, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if m.refs == 0 && s.members[m.key] == m {
+			delete(s.members, m.key)
+		}
+	})
+}
+
+// forgetAll forgets, at the end, whoever was remembered for what it had asked for.
+func (s *Server) forgetAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for key, m := range s.members {
+		if m.refs == 0 {
+			m.forget.Stop()
+			delete(s.members, key)
+		}
 	}
 }
 
@@ -170,6 +200,11 @@ func (s *Server) mayRegister(m *member) bool {
 type bucket struct {
 	level float64
 	at    time.Time
+}
+
+// drains is how long it takes until nothing is left that was taken lately.
+func (b *bucket) drains() time.Duration {
+	return time.Duration(b.level/askPerSecond*float64(time.Second)) - time.Since(b.at)
 }
 
 func (b *bucket) take(burst float64) bool {

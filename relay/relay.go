@@ -179,6 +179,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	if s.serving.Add(-1) == 0 {
 		s.cancel()
 		s.all.Wait()
+		s.forgetAll()
 	}
 	return err
 }

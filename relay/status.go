@@ -27,10 +27,12 @@ func (s *Server) Status() Status {
 	s.init()
 	s.mu.Lock()
 	st := Status{Lanes: s.lanes}
-	for key := range s.members {
-		if key.authority.IsZero() {
+	for key, m := range s.members {
+		switch {
+		case m.refs == 0: // remembered, not here
+		case key.authority.IsZero():
 			st.Strangers++
-		} else {
+		default:
 			st.Members++
 		}
 	}

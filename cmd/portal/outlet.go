@@ -189,7 +189,10 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 
 func (p *outletPlan) server(m *member, r room, log *slog.Logger) *outlet.Server {
 	limits := r.outlet(p.streams, p.command != nil)
-	limits.StreamsEach, limits.Dials, limits.DialTimeout = p.streamsEach, p.dials, p.dialTimeout
+	limits.Dials, limits.DialTimeout = p.dials, p.dialTimeout
+	if limits.StreamsEach = p.streamsEach; p.eachGiven && limits.Streams < p.streams { // the same part of what there is room for
+		limits.StreamsEach = max(int(int64(p.streamsEach)*int64(limits.Streams)/int64(p.streams)), 1)
+	}
 	return &outlet.Server{
 		Node: m.node, Name: p.name, Labels: p.labels, Target: p.reach(), Self: m.self, Trust: m.trust, Allow: p.policy,
 		Limits: limits, Logger: log,

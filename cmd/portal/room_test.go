@@ -32,6 +32,24 @@ func TestWhereThereIsPlentyEveryLimitIsItsDefault(t *testing.T) {
 	}
 }
 
+func TestAnIdentityHasItsShareOfAnOutletWhateverThereIsRoomFor(t *testing.T) {
+	for _, c := range []struct {
+		given               bool
+		descriptors, wanted int
+		each                int // of a thousand
+	}{{false, 1 << 20, 0, 0}, {true, 1 << 20, 500, 500}, {true, 1024, 500, 500}} {
+		r := room{descriptors: c.descriptors, memory: math.MaxInt64, log: slog.New(slog.DiscardHandler)}
+		p := &outletPlan{outletOptions: outletOptions{name: "db", streams: 1000, streamsEach: c.wanted, eachGiven: c.given, command: []string{"true"}}}
+		l := p.server(&member{}, r, r.log).Limits
+		if c.descriptors == 1024 && l.Streams >= c.wanted {
+			t.Fatalf("there is room for %d streams: nothing is proved", l.Streams)
+		}
+		if want := l.Streams * c.each / 1000; l.StreamsEach != want {
+			t.Errorf("%+v: %d of %d streams", c, l.StreamsEach, l.Streams)
+		}
+	}
+}
+
 // Whatever others make a process hold is within what it has, and everything is there at least once.
 func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 	for _, descriptors := range []int{1, 100, 256, 1024, 20000} {
