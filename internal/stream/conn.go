@@ -55,10 +55,11 @@ type Conn struct {
 	local local // set by Join
 
 	send      sync.Mutex
-	writable  sync.Cond  // L is send: credit, an error
-	starved   net.Conn   // what Join reads from and watches while there is no credit; else nil
-	writes    sync.Mutex // one Write at a time; taken before send
-	ending    bool       // CloseWrite was called: no more credit is given out
+	writable  sync.Cond   // L is send: credit, an error
+	hunger    *time.Timer // of a wait for credit that gives up; roomWithin's
+	starved   net.Conn    // what Join reads from and watches while there is no credit; else nil
+	writes    sync.Mutex  // one Write at a time; taken before send
+	ending    bool        // CloseWrite was called: no more credit is given out
 	sent      uint64
 	limit     uint64 // credit: bytes up to here may be sent
 	sentEnd   bool

@@ -39,9 +39,14 @@ var errStarved = errors.New("no credit came")
 
 // roomWithin is room that gives up with errStarved after d, where that is not 0.
 func (c *Conn) roomWithin(wanted int, d time.Duration) (int, error) {
-	c.send.Lock()
-	defer c.send.Unlock()
 	var till time.Time
+	c.send.Lock()
+	defer func() {
+		if !till.IsZero() {
+			c.hunger.Stop()
+		}
+		c.send.Unlock()
+	}()
 	for {
 		switch {
 		case c.failed != nil:
@@ -59,11 +64,15 @@ func (c *Conn) roomWithin(wanted int, d time.Duration) (int, error) {
 		}
 		if d > 0 && till.IsZero() {
 			till = time.Now().Add(d)
-			defer time.AfterFunc(d, func() {
-				c.send.Lock()
-				c.writable.Broadcast()
-				c.send.Unlock()
-			}).Stop()
+			if c.hunger == nil { // one for all of its waits: bulk has many
+				c.hunger = time.AfterFunc(d, func() {
+					c.send.Lock()
+					c.writable.Broadcast()
+					c.send.Unlock()
+				})
+			} else {
+				c.hunger.Reset(d)
+			}
 		}
 		c.writable.Wait()
 	}
