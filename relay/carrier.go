@@ -46,8 +46,8 @@ const (
 	carrierLanes  = 64
 	carrierWindow = 1 << 20
 	// At so many streams nothing is offered: those that are over here and not at the other end hold
-	// their windows for as long as twice lingerTime. Nor is it while as many offers were not
-	// answered in the last minute: each is good for a stream, which may come late.
+	// their windows for as long as twice lingerTime. Each offer of the last minute that was not
+	// answered counts as one: it is good for a stream, which may come late.
 	carrierStreams = 2 * carrierLanes
 	owedTime       = time.Minute
 )
@@ -211,7 +211,7 @@ func (c *carrier) reserve() error {
 	for len(c.owed) > 0 && now.Sub(c.owed[0]) > owedTime {
 		c.owed = c.owed[1:]
 	}
-	if c.lanes >= carrierLanes || streams >= carrierStreams || len(c.owed) >= carrierStreams {
+	if c.lanes >= carrierLanes || streams+len(c.owed) >= carrierStreams {
 		return errCarrierFull
 	}
 	c.owed = append(c.owed, now)

@@ -356,7 +356,7 @@ func passOn(next net.Conn, hops int) error {
 func (s *Server) reach(ctx context.Context, key poolKey, want identity.ID, secret [32]byte, end context.CancelCauseFunc) (net.Conn, *far, error) {
 	err := error(errNobody)
 	tried := make(map[*registration]bool)
-	for range meetings {
+	for n := 0; n < meetings; n++ {
 		r := s.choose(key, want, tried)
 		if r == nil {
 			return nil, nil, err
@@ -373,6 +373,9 @@ func (s *Server) reach(ctx context.Context, key poolKey, want identity.ID, secre
 		f.release()
 		if ctx.Err() != nil {
 			break
+		}
+		if err == errCarrierFull { // which took no time
+			n--
 		}
 	}
 	return nil, nil, err
@@ -410,7 +413,7 @@ func (f *far) release() {
 var (
 	errNobody      = errors.New("nobody serves it here now")
 	errGaveUp      = errors.New("the caller gave up")
-	errCarrierFull = fmt.Errorf("everybody who serves it has their %d lanes", carrierLanes)
+	errCarrierFull = fmt.Errorf("nobody who serves it has room for a lane, of %d by a carrier", carrierLanes)
 )
 
 // await returns when somebody serves the name, or after a while why nobody does.

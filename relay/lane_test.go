@@ -356,6 +356,28 @@ func TestWhoRegistersInALoopIsTurnedAway(t *testing.T) {
 	})
 }
 
+// What a member has asked for is remembered for a while, what it has shown is not.
+func TestAMemberThatComesBackIsJudgedByWhatItShowsThen(t *testing.T) {
+	in(t, func(w *town) {
+		w.relay(nil)
+		self := w.member(serves("db", "files"))
+		p := w.puppet(self)
+		for range 64 { // two seconds' worth
+			p.registered("files").Close()
+		}
+		p.Close(nil)
+		synctest.Wait()
+		w.issue(self, serves("db", "mail"), 2*time.Hour)
+		p = w.puppet(self)
+		for name, granted := range map[string]bool{"db": true, "mail": true, "files": false} {
+			_, err := p.ask(stream.Header{Kind: stream.Register, Name: name, Body: make([]byte, 17)})
+			if (err == nil) != granted {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+}
+
 func TestWhoAsksInALoopIsTurnedAway(t *testing.T) {
 	in(t, func(w *town) {
 		w.relay(nil)

@@ -93,9 +93,10 @@ func (s *Server) tieLocked(l *link.Live) *member {
 	case m == nil:
 		m = &member{key: key, peer: l.Peer()}
 		s.members[key] = m
-	case m.peer.Latest() != l.Peer().Latest():
+	case m.peer.Latest() != l.Peer().Latest(), m.refs == 0:
 		// Its keys were rotated: what it proves now is about the new ones. Leases
-		// on the old peer live as long as its last credential.
+		// on the old peer live as long as its last credential. One that is only
+		// remembered has none.
 		m.peer = l.Peer()
 	}
 	m.refs++

@@ -800,9 +800,10 @@ func TestACarrierWhoseLanesAreNotEndedIsOfferedNoMore(t *testing.T) {
 				return false
 			}
 		}
+		begin := time.Now()
 		for len(fars) < 200 && lane(at[len(fars)/100]) {
 		}
-		if len(fars) != 128 {
+		if n := len(fars); n != 128 && time.Since(begin) < 10*time.Second { // then yamux lets go of the first
 			t.Errorf("%d lanes were offered and never ended", len(fars))
 		}
 		for _, far := range fars {

@@ -79,11 +79,11 @@ func TestAnAuthorityThatFindsTheDiskFullBeginsOnceThereIsRoom(t *testing.T) {
 	if !root(t) {
 		return
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
-	defer cancel()
 	p := &process.Portal{Path: portal.Path}
 	failed := 0
 	for pages := 0; ; pages++ {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
 		if pages == 200 {
 			t.Fatal("it does not begin in 800 KiB")
 		}
