@@ -114,9 +114,6 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 	for {
 		room, err := c.credited(&in)
 		if err != nil {
-			if errors.Is(err, errStarved) {
-				c.localFailed()
-			}
 			return // reset; whoever did it has closed l
 		}
 		b, n, err := in.read(min(room, c.mux.over.Budget()), c.id)
@@ -159,8 +156,8 @@ func (c *Conn) pump(l net.Conn, check func([]byte) error) {
 	}
 }
 
-// credited is room for what in reads next. When none comes for a while it watches in, and gives
-// errStarved when that is reset: nobody reads, who would be told.
+// credited is room for what in reads next. When none comes for a while it watches in, which may be
+// reset meanwhile: nobody reads, who would be told.
 func (c *Conn) credited(in *reader) (int, error) {
 	if in.raw == nil {
 		return c.room(buffer.Batch)
@@ -171,10 +168,10 @@ func (c *Conn) credited(in *reader) (int, error) {
 			return n, err
 		}
 		c.send.Lock()
-		if c.failed == nil && !c.ending && c.limit == c.sent {
+		starved := c.failed == nil && !c.ending && c.limit == c.sent
+		if starved {
 			c.starved = in.conn
 		}
-		starved := c.starved != nil
 		c.send.Unlock()
 		if !starved {
 			continue
@@ -185,7 +182,7 @@ func (c *Conn) credited(in *reader) (int, error) {
 		c.send.Unlock()
 		in.conn.SetReadDeadline(time.Time{})
 		if reset {
-			return 0, errStarved
+			c.localFailed() // which the next look finds
 		}
 	}
 }
