@@ -1001,6 +1001,28 @@ func TestAHopLeadsToWhoeverIsPinnedOrProvesToBeARelay(t *testing.T) {
 	}
 }
 
+// carries has the one that registered a name as the i-th bring its carrier.
+func (h *hostile) carries(name string, i int) (registration *stream.Conn, session *yamux.Session) {
+	h.Helper()
+	h.until("it is registered", func() bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if len(h.registered[name]) > i {
+			registration = h.registered[name][i]
+		}
+		return registration != nil
+	})
+	id, shown := h.expect()
+	registration.Write(makeOffer(2, id, [32]byte{}))
+	config := yamux.DefaultConfig()
+	config.LogOutput = io.Discard
+	session, err := yamux.Server(h.await(shown), config)
+	if err != nil {
+		h.Fatal(err)
+	}
+	return registration, session
+}
+
 // A relay that ends registrations and keeps their carriers would have an outlet hold one more for each.
 func TestAnOutletEndsACarrierThatItsRelayKeepsForNothing(t *testing.T) {
 	idle := *relay.CarrierIdle
@@ -1011,23 +1033,7 @@ func TestAnOutletEndsACarrierThatItsRelayKeepsForNothing(t *testing.T) {
 		ln := w.client(w.member(serves("db")), by(relay.Yamux)).Listen("db", nil)
 		var sessions []*yamux.Session
 		for i := range 3 {
-			var registration *stream.Conn
-			w.until("it is registered", func() bool {
-				h.mu.Lock()
-				defer h.mu.Unlock()
-				if len(h.registered["db"]) > i {
-					registration = h.registered["db"][i]
-				}
-				return registration != nil
-			})
-			id, shown := h.expect()
-			registration.Write(makeOffer(2, id, [32]byte{}))
-			config := yamux.DefaultConfig()
-			config.LogOutput = io.Discard
-			session, err := yamux.Server(h.await(shown), config)
-			if err != nil {
-				t.Fatal(err)
-			}
+			registration, session := h.carries("db", i)
 			sessions = append(sessions, session)
 			if i == 2 { // and one that is in use
 				id, _ := h.expect()
@@ -1058,23 +1064,7 @@ func TestARelayOpensNoStreamInACarrier(t *testing.T) {
 		h := w.hostileAt(relayAddr, honest)
 		at := w.client(w.member(serves("db")), by(relay.Yamux))
 		ln := at.Listen("db", nil)
-		var registration *stream.Conn
-		w.until("it is registered", func() bool {
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			if len(h.registered["db"]) > 0 {
-				registration = h.registered["db"][0]
-			}
-			return registration != nil
-		})
-		id, shown := h.expect()
-		registration.Write(makeOffer(2, id, [32]byte{}))
-		config := yamux.DefaultConfig()
-		config.LogOutput = io.Discard
-		session, err := yamux.Server(h.await(shown), config)
-		if err != nil {
-			t.Fatal(err)
-		}
+		_, session := h.carries("db", 0)
 		if y, err := session.OpenStream(); err == nil {
 			y.Write(append(channel.Preface{Kind: channel.KindLane, ID: random16()}.Append(nil), make([]byte, 1000)...))
 		}
