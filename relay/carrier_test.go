@@ -4,6 +4,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -45,4 +46,51 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 	}
 	session.Close()
 	<-over
+}
+
+// Each offer is good for a stream, which may come late: one that is not answered counts as one for a minute.
+func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
+	a, b := net.Pipe()
+	defer b.Close()
+	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	c := &carrier{server: new(Server), session: session}
+	offer := func() (n int) {
+		for c.reserve() == nil {
+			n++
+		}
+		return n
+	}
+	giveUp := func(n int) {
+		for range n {
+			c.give()
+		}
+	}
+	if n := offer(); n != carrierLanes {
+		t.Errorf("%d lanes at once", n)
+	}
+	giveUp(carrierLanes)
+	if n := offer(); n != carrierLanes {
+		t.Errorf("%d more, with as many offers not answered", n)
+	}
+	giveUp(carrierLanes)
+	if n := offer(); n != 0 {
+		t.Errorf("%d beyond %d offers", n, carrierStreams)
+	}
+	if !c.owes() || offer() != 1 {
+		t.Error("a stream that has come makes no room")
+	}
+	c.give()
+	c.owed = slices.Repeat([]time.Time{time.Now().Add(-owedTime - time.Second)}, carrierStreams)
+	if n := offer(); n != carrierLanes || len(c.owed) != carrierLanes {
+		t.Errorf("%d lanes after a minute, %d offers", n, len(c.owed))
+	}
+	for c.owes() {
+	}
+	if c.lanes != carrierLanes {
+		t.Errorf("%d lanes when each has come", c.lanes)
+	}
 }

@@ -356,7 +356,7 @@ func passOn(next net.Conn, hops int) error {
 func (s *Server) reach(ctx context.Context, key poolKey, want identity.ID, secret [32]byte, end context.CancelCauseFunc) (net.Conn, *far, error) {
 	err := error(errNobody)
 	tried := make(map[*registration]bool)
-	for n := 0; n < meetings; n++ {
+	for left := meetings; left > 0; {
 		r := s.choose(key, want, tried)
 		if r == nil {
 			return nil, nil, err
@@ -364,6 +364,7 @@ func (s *Server) reach(ctx context.Context, key poolKey, want identity.ID, secre
 		tried[r] = true
 		var f *far
 		if f, err = s.oblige(r, end); err != nil {
+			left--
 			continue
 		}
 		var c net.Conn
@@ -374,8 +375,8 @@ func (s *Server) reach(ctx context.Context, key poolKey, want identity.ID, secre
 		if ctx.Err() != nil {
 			break
 		}
-		if err == errCarrierFull { // which took no time
-			n--
+		if err != errCarrierFull { // nobody was asked
+			left--
 		}
 	}
 	return nil, nil, err

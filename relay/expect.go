@@ -78,15 +78,15 @@ func (s *Server) show(_ context.Context, p channel.Preface, hops int, c net.Conn
 	stream.Arm(c)
 	s.mu.Lock()
 	e := s.expected[p.ID]
-	expected := e != nil && e.kind == p.Kind
-	if expected {
+	wanted := e != nil && e.kind == p.Kind
+	if wanted {
 		known = e.known
 		delete(s.expected, p.ID)
 		e.hops = hops
 		e.conn <- c // has room for the one
 	}
 	s.mu.Unlock()
-	if !expected {
+	if !wanted {
 		stream.Abort(c)
 		s.log.Debug("a connection showed an id that is not expected", "from", c.RemoteAddr())
 	}
