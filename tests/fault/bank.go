@@ -15,7 +15,7 @@ import (
 func bank(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("ledger", flag.ContinueOnError)
 	through := flags.String("through", "", "where clients connect: a PostgreSQL `URL` that leads through the tunnel")
-	past := flags.String("past", "", "the same database past the tunnel; its schema named ledger is made anew")
+	past := flags.String("past", "", "the same database past the tunnel; its schema named fault_ledger is made anew")
 	clients := flags.Int("clients", 8, "`N` at once")
 	last := flags.Duration("for", 30*time.Second, "work for `TIME`, or until ^C")
 	if err := flags.Parse(args); err != nil {

@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"io"
+	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/portal-tunnel/portal/examples/postgres/server"
+	"github.com/portal-tunnel/portal/tests/fault/ledger"
 	"github.com/portal-tunnel/portal/tests/fault/proxy"
 	"github.com/portal-tunnel/portal/tests/fault/ruler"
 	"github.com/portal-tunnel/portal/tests/tunnels"
@@ -76,6 +79,29 @@ func TestAnEndingIsJudgedByWhatWasRead(t *testing.T) {
 	} {
 		if got := b.judge(c.n, c.err); got != c.want {
 			t.Errorf("%d bytes and %v: %v", c.n, c.err, got)
+		}
+	}
+}
+
+func TestALedgerIsRightWhereNothingIsBetween(t *testing.T) {
+	db, err := server.Start(t.Context(), &server.Options{Setup: ledger.Setup})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	there, nowhere := ledger.URL(db.Addr()), ledger.URL("127.0.0.1:1")
+	for _, c := range []struct {
+		through, past string
+		wrong         string // what the error says; "": there is none
+	}{
+		{there, there, ""},
+		{nowhere, there, "no transaction was acknowledged"},
+		{there, nowhere, "preparing the ledger"},
+		{"", there, "it needs -through URL"},
+	} {
+		err := bank(t.Context(), []string{"-through", c.through, "-past", c.past, "-for", "300ms"})
+		if c.wrong == "" && err != nil || c.wrong != "" && (err == nil || !strings.Contains(err.Error(), c.wrong)) {
+			t.Errorf("through %q, past %q: %v", c.through, c.past, err)
 		}
 	}
 }

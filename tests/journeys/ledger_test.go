@@ -14,12 +14,6 @@ import (
 	"github.com/portal-tunnel/portal/tests/fault/ledger"
 )
 
-const bank = "create role bank login;\ncreate database bank owner bank;\n"
-
-func bankAt(addr string) string {
-	return "postgres://bank@" + addr + "/bank?sslmode=disable&connect_timeout=10"
-}
-
 // Whichever process is killed under eight clients of a bank, no result is wrong, and everything works
 // again once the process is back, by itself.
 func TestNoKillMakesALedgerWrong(t *testing.T) {
@@ -28,16 +22,16 @@ func TestNoKillMakesALedgerWrong(t *testing.T) {
 	if long() {
 		kills = 100
 	}
-	db, err := server.Start(t.Context(), &server.Options{MaxConnections: 100, Setup: bank})
+	db, err := server.Start(t.Context(), &server.Options{MaxConnections: 100, Setup: ledger.Setup})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { db.Close() })
-	if err := ledger.Prepare(t.Context(), bankAt(db.Addr())); err != nil {
+	if err := ledger.Prepare(t.Context(), ledger.URL(db.Addr())); err != nil {
 		t.Fatal(err)
 	}
 	w := newRow(t, rowOptions{to: db.Addr()})
-	l := ledger.New(bankAt(w.addr))
+	l := ledger.New(ledger.URL(w.addr))
 	ctx, stop := context.WithCancel(w.ctx)
 	defer stop()
 	var clients sync.WaitGroup
@@ -97,7 +91,7 @@ func TestNoKillMakesALedgerWrong(t *testing.T) {
 	}
 	limited, cancel := context.WithTimeout(w.ctx, patience)
 	defer cancel()
-	wrong, err := l.Audit(limited, bankAt(db.Addr()))
+	wrong, err := l.Audit(limited, ledger.URL(db.Addr()))
 	if err != nil {
 		t.Fatal(err)
 	}

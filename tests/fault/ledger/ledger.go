@@ -25,18 +25,26 @@ const (
 	again = 5 * time.Millisecond
 )
 
-// Prepare makes the bank anew, in a schema of its own that is named ledger.
+// Setup is what psql tells a server as its superuser before URL is of use there.
+const Setup = "create role bank login;\ncreate database bank owner bank;\n"
+
+// URL is that of the database that Setup makes, at a server or by a tunnel to it.
+func URL(addr string) string {
+	return "postgres://bank@" + addr + "/bank?sslmode=disable&connect_timeout=10"
+}
+
+// Prepare makes the bank anew in a database, in a schema of its own that is named fault_ledger.
 func Prepare(ctx context.Context, url string) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
 		return fmt.Errorf("preparing the ledger: %w", err)
 	}
 	defer conn.Close(ctx)
-	if _, err = conn.Exec(ctx, fmt.Sprintf(`drop schema if exists ledger cascade;
-create schema ledger;
-create table ledger.account (id int primary key, balance bigint not null);
-create table ledger.entry (number bigint not null, client int not null, payer int not null, payee int not null, amount bigint not null);
-insert into ledger.account select i, %d from generate_series(1, %d) i`, balance, accounts)); err != nil {
+	if _, err = conn.Exec(ctx, fmt.Sprintf(`drop schema if exists fault_ledger cascade;
+create schema fault_ledger;
+create table fault_ledger.account (id int primary key, balance bigint not null);
+create table fault_ledger.entry (number bigint not null, client int not null, payer int not null, payee int not null, amount bigint not null);
+insert into fault_ledger.account select i, %d from generate_series(1, %d) i`, balance, accounts)); err != nil {
 		return fmt.Errorf("preparing the ledger: %w", err)
 	}
 	return nil
@@ -111,9 +119,9 @@ func (l *Ledger) transfer(ctx context.Context, conn *pgx.Conn, client int, r *ra
 		text string
 		args []any
 	}{
-		{"insert into ledger.entry values ($1, $2, $3, $4, $5)", []any{number, client, payer, payee, amount}},
-		{"update ledger.account set balance = balance + $1 where id = $2", []any{first, low}},
-		{"update ledger.account set balance = balance + $1 where id = $2", []any{second, high}},
+		{"insert into fault_ledger.entry values ($1, $2, $3, $4, $5)", []any{number, client, payer, payee, amount}},
+		{"update fault_ledger.account set balance = balance + $1 where id = $2", []any{first, low}},
+		{"update fault_ledger.account set balance = balance + $1 where id = $2", []any{second, high}},
 	} {
 		tag, err := tx.Exec(ctx, step.text, step.args...)
 		if err != nil {
@@ -215,7 +223,7 @@ func (l *Ledger) Audit(ctx context.Context, url string) (wrong []string, err err
 	defer conn.Close(ctx) // and with it the transaction
 	tx, err := conn.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
 	if err == nil {
-		_, err = tx.Exec(ctx, "lock table ledger.entry, ledger.account in share mode") // no writer has it, too
+		_, err = tx.Exec(ctx, "lock table fault_ledger.entry, fault_ledger.account in share mode") // no writer has it, too
 	}
 	if err != nil {
 		return nil, fmt.Errorf("auditing the ledger: %w", err)
@@ -227,7 +235,7 @@ func (l *Ledger) Audit(ctx context.Context, url string) (wrong []string, err err
 	var number, amount int64
 	var payer, payee int
 	entered, moved := map[int64]int{}, map[int]int64{}
-	books, err := tx.Query(ctx, "select number, payer, payee, amount from ledger.entry")
+	books, err := tx.Query(ctx, "select number, payer, payee, amount from fault_ledger.entry")
 	if err == nil {
 		_, err = pgx.ForEachRow(books, []any{&number, &payer, &payee, &amount}, func() error {
 			entered[number]++
@@ -254,7 +262,7 @@ func (l *Ledger) Audit(ctx context.Context, url string) (wrong []string, err err
 	}
 	var id int
 	var has, sum int64
-	if books, err = tx.Query(ctx, "select id, balance from ledger.account"); err == nil {
+	if books, err = tx.Query(ctx, "select id, balance from fault_ledger.account"); err == nil {
 		_, err = pgx.ForEachRow(books, []any{&id, &has}, func() error {
 			if sum += has; has != balance+moved[id] {
 				saw("account %d has %d, and its entries make %d", id, has, balance+moved[id])

@@ -16,12 +16,12 @@ import (
 
 // An audit that finds nothing is worth as much as what it would have found.
 func TestAnAuditFindsWhatIsWrong(t *testing.T) {
-	db, err := server.Start(t.Context(), &server.Options{Setup: "create role bank login;\ncreate database bank owner bank;\n"})
+	db, err := server.Start(t.Context(), &server.Options{Setup: ledger.Setup})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	url := "postgres://bank@" + db.Addr() + "/bank?sslmode=disable"
+	url := ledger.URL(db.Addr())
 	if err := ledger.Prepare(t.Context(), url); err != nil {
 		t.Fatal(err)
 	}
@@ -45,16 +45,16 @@ func TestAnAuditFindsWhatIsWrong(t *testing.T) {
 	defer conn.Close(t.Context())
 	for _, c := range []struct{ name, harm, mend, want string }{
 		{"nothing", "", "", ""},
-		{"an acknowledged one is lost", "create table kept as select * from ledger.entry where number = 1; delete from ledger.entry where number = 1",
-			"insert into ledger.entry select * from kept", "transaction 1 was acknowledged and entered 0 times"},
-		{"one is entered twice", "insert into ledger.entry select * from kept",
-			"delete from ledger.entry where number = 1; insert into ledger.entry select * from kept", "transaction 1 was acknowledged and entered 2 times"},
-		{"one that nobody asked for", "insert into ledger.entry values (-1, 0, 1, 2, 5)",
-			"delete from ledger.entry where number = -1", "transaction -1 was entered, and nobody was left without an answer to it"},
-		{"money from nowhere", "update ledger.account set balance = balance + 1 where id = 3",
-			"update ledger.account set balance = balance - 1 where id = 3", "are in the bank"},
-		{"money in the wrong place", "update ledger.account set balance = balance + case id when 3 then 1 else -1 end where id in (3, 4)",
-			"update ledger.account set balance = balance - case id when 3 then 1 else -1 end where id in (3, 4)", "account 3 has"},
+		{"an acknowledged one is lost", "create table kept as select * from fault_ledger.entry where number = 1; delete from fault_ledger.entry where number = 1",
+			"insert into fault_ledger.entry select * from kept", "transaction 1 was acknowledged and entered 0 times"},
+		{"one is entered twice", "insert into fault_ledger.entry select * from kept",
+			"delete from fault_ledger.entry where number = 1; insert into fault_ledger.entry select * from kept", "transaction 1 was acknowledged and entered 2 times"},
+		{"one that nobody asked for", "insert into fault_ledger.entry values (-1, 0, 1, 2, 5)",
+			"delete from fault_ledger.entry where number = -1", "transaction -1 was entered, and nobody was left without an answer to it"},
+		{"money from nowhere", "update fault_ledger.account set balance = balance + 1 where id = 3",
+			"update fault_ledger.account set balance = balance - 1 where id = 3", "are in the bank"},
+		{"money in the wrong place", "update fault_ledger.account set balance = balance + case id when 3 then 1 else -1 end where id in (3, 4)",
+			"update fault_ledger.account set balance = balance - case id when 3 then 1 else -1 end where id in (3, 4)", "account 3 has"},
 		{"nothing again", "", "", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
