@@ -14,16 +14,12 @@ import (
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/stream"
-	"github.com/portal-tunnel/portal/routing"
 )
 
 // liar is a relay in the hands of whoever took its host: it has the identity and the address, makes
 // lanes that nobody asked for, and takes those that are for others.
 type liar struct {
-	t     testing.TB
-	ctx   context.Context
-	node  *routing.Node
-	trust *identity.Trust   // it knows who the authority is
+	*usurper
 	names chan *stream.Conn // registrations of db
 	lanes map[byte]chan net.Conn
 }
@@ -35,68 +31,39 @@ const (
 	toAuthority
 )
 
-// lie is an offer of a lane, whose key is zero: both are a relay's to choose.
-func lie(id byte) []byte {
-	offer := make([]byte, 1+16+32)
-	offer[0], offer[1] = 1, id
-	return offer
-}
-
 // takeOver starts a liar where the relay was.
 func takeOver(t testing.TB, self *identity.Self, at string, authority identity.ID) *liar {
 	t.Helper()
-	ln, err := net.Listen("tcp", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	w := &liar{
-		t: t, ctx: ctx, node: new(routing.Node), trust: identity.NewTrust(authority), names: make(chan *stream.Conn, 16),
+		usurper: newUsurper(t, authority, 2*patience), names: make(chan *stream.Conn, 16),
 		lanes: map[byte]chan net.Conn{toOutlet: make(chan net.Conn), toInlet: make(chan net.Conn), toAuthority: make(chan net.Conn)},
 	}
-	server := &link.Server{
-		Services: map[channel.Kind]link.Service{channel.Relay: {
-			Config: channel.Config{Node: w.node, Self: self, Trust: w.trust, Proofless: true, Judge: anybody},
-			Accept: func(_ *link.Live, in *stream.Incoming) {
-				c, id := in.Accept(), toInlet
-				if in.Header.Kind == stream.Register {
-					if in.Header.Name == "db" { // the authority's holds, and nothing is offered on it
-						w.names <- c
-					}
-					return
-				}
-				if in.Header.Name == "authority" {
-					id = toAuthority
-				}
-				go func() {
-					c.Write(lie(id))
-					c.Close()
-				}()
-			},
-		}},
-		Lane: func(ctx context.Context, p channel.Preface, _ int, c net.Conn) (known bool) {
-			select {
-			case w.lanes[p.ID[0]] <- c:
-			case <-ctx.Done():
-				c.Close()
+	w.serve(self, at, func(_ *link.Live, in *stream.Incoming) {
+		c, id := in.Accept(), toInlet
+		if in.Header.Kind == stream.Register {
+			if in.Header.Name == "db" { // the authority's holds, and nothing is offered on it
+				w.names <- c
 			}
-			return false
-		},
-	}
-	ended := make(chan struct{})
-	go func() {
-		server.Serve(ctx, ln)
-		close(ended)
-	}()
-	t.Cleanup(func() {
-		cancel()
-		<-ended
-		w.node.Close()
+			return
+		}
+		if in.Header.Name == "authority" {
+			id = toAuthority
+		}
+		go func() {
+			c.Write(lie(id))
+			c.Close()
+		}()
+	}, func(ctx context.Context, id [16]byte, c net.Conn) {
+		select {
+		case w.lanes[id[0]] <- c:
+		case <-ctx.Done():
+			c.Close()
+		}
 	})
 	return w
 }
 
-func anybody(*identity.Peer) error { return nil }
+func lie(id byte) []byte { return offer([16]byte{id}, [32]byte{}) }
 
 // open is who's attempt to open a stream of the outlet by a lane of the liar's making.
 func (w *liar) open(registered *stream.Conn, who *identity.Self) error {

@@ -14,14 +14,12 @@ import (
 	"github.com/portal-tunnel/portal/internal/channel"
 	"github.com/portal-tunnel/portal/internal/link"
 	"github.com/portal-tunnel/portal/internal/stream"
-	"github.com/portal-tunnel/portal/routing"
 )
 
 // crook is a relay that speaks its protocol as it should and joins lanes as it likes. Its inlets and
 // outlets are processes.
 type crook struct {
-	t   testing.TB
-	ctx context.Context
+	*usurper
 	all sync.WaitGroup
 
 	mu     sync.Mutex
@@ -35,49 +33,28 @@ type crook struct {
 // newCrook starts one where the relay was.
 func newCrook(t testing.TB, self *identity.Self, at string, authority identity.ID) *crook {
 	t.Helper()
-	ln, err := net.Listen("tcp", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 4*patience)
-	node := new(routing.Node)
-	k := &crook{t: t, ctx: ctx, serves: make(map[string]*stream.Conn), shown: make(map[[16]byte]chan net.Conn)}
+	k := &crook{usurper: newUsurper(t, authority, 4*patience), serves: make(map[string]*stream.Conn), shown: make(map[[16]byte]chan net.Conn)}
 	k.come.L = &k.mu
-	context.AfterFunc(ctx, func() {
+	context.AfterFunc(k.ctx, func() {
 		k.mu.Lock()
 		k.come.Broadcast()
 		k.mu.Unlock()
 	})
-	server := &link.Server{
-		Services: map[channel.Kind]link.Service{channel.Relay: {
-			Config: channel.Config{Node: node, Self: self, Trust: identity.NewTrust(authority), Proofless: true, Judge: anybody},
-			Accept: k.accept,
-		}},
-		Lane: func(_ context.Context, p channel.Preface, _ int, c net.Conn) (known bool) {
-			k.mu.Lock()
-			defer k.mu.Unlock()
-			k.conns = append(k.conns, c)
-			if shown := k.shown[p.ID]; shown != nil {
-				shown <- c // has room for two
-			}
-			return false
-		},
-	}
-	served := make(chan struct{})
-	go func() {
-		server.Serve(ctx, ln)
-		close(served)
-	}()
-	t.Cleanup(func() {
-		cancel()
-		<-served
+	t.Cleanup(func() { // behind serve's
 		k.mu.Lock()
 		for _, c := range k.conns {
 			c.Close()
 		}
 		k.mu.Unlock()
 		k.all.Wait()
-		node.Close()
+	})
+	k.serve(self, at, k.accept, func(_ context.Context, id [16]byte, c net.Conn) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.conns = append(k.conns, c)
+		if shown := k.shown[id]; shown != nil {
+			shown <- c // has room for two
+		}
 	})
 	return k
 }
@@ -118,8 +95,6 @@ func (k *crook) await(shown chan net.Conn) net.Conn {
 		return c
 	}
 }
-
-func offer(id [16]byte, key [32]byte) []byte { return append(append([]byte{1}, id[:]...), key[:]...) }
 
 // invite answers who asks, and is its side.
 func (k *crook) invite(in *stream.Incoming, key [32]byte) net.Conn {
@@ -263,7 +238,7 @@ func TestAHostileRelayOpensNoStreamBetweenOtherProcesses(t *testing.T) {
 		{"itself as the outlet", nil, func(k *crook, in *stream.Incoming) {
 			key := key32()
 			e, err := channel.Respond(k.ctx, &channel.Lane{Conn: k.invite(in, key), Key: key}, &channel.Config{
-				Node: new(routing.Node), Self: self, Trust: identity.NewTrust(authority), Kind: channel.Service, Proofless: true, Judge: anybody,
+				Node: k.node, Self: self, Trust: k.trust, Kind: channel.Service, Proofless: true, Judge: anybody,
 			})
 			if err == nil {
 				e.Abort(channel.CloseInternal, io.ErrUnexpectedEOF)
