@@ -23,6 +23,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"github.com/portal-tunnel/portal/tests/fault/disk"
 )
 
 func TestMain(m *testing.M) {
@@ -531,9 +533,9 @@ func cut(ts *testscript.TestScript, neg bool, args []string) {
 func smallDisk(ts *testscript.TestScript, neg bool, args []string) {
 	dir := ts.MkAbs(args[0])
 	ts.Check(os.MkdirAll(dir, 0o700))
-	ts.Check(syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+args[1]))
+	ts.Check(disk.Mount(dir, args[1]))
 	s := stageOf(ts)
-	s.ends = append(s.ends, func() { syscall.Unmount(dir, 0) })
+	s.ends = append(s.ends, func() { disk.Unmount(dir) })
 }
 
 func readOnly(ts *testscript.TestScript, neg bool, args []string) {
@@ -541,15 +543,7 @@ func readOnly(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func fill(ts *testscript.TestScript, neg bool, args []string) {
-	f, err := os.Create(filepath.Join(ts.MkAbs(args[0]), "ballast"))
-	ts.Check(err)
-	defer f.Close()
-	for b := make([]byte, 4096); err == nil; {
-		_, err = f.Write(b)
-	}
-	if !errors.Is(err, syscall.ENOSPC) {
-		ts.Fatalf("filling the disk: %v", err)
-	}
+	ts.Check(disk.Fill(ts.MkAbs(args[0]), 0))
 }
 
 // lock FILE holds the lock of a home, as a process that hangs in a write does.
