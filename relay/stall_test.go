@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"io"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/stream"
 	"github.com/portal-tunnel/portal/outlet"
 	"github.com/portal-tunnel/portal/relay"
+	"github.com/portal-tunnel/portal/tests/pace"
 )
 
 // What the first byte of a flow says of its far end.
@@ -291,57 +291,18 @@ func (f *flows) measure(t *testing.T, what string, many int) {
 		conns[i] = f.begin(t, echoes)
 	}
 	for _, how := range []byte{mute, writes} {
-		var bytes, late []float64
-		for range 25 {
-			n, p := window(t, conns, time.Second/2)
-			end := f.stick(t, how)
-			m, q := window(t, conns, time.Second/2)
-			end()
-			bytes, late = append(bytes, float64(m)/float64(n)), append(late, float64(q)/float64(p))
+		c, err := pace.Compare(25, conns, time.Second/2, func() func() { return f.stick(t, how) })
+		if err != nil {
+			t.Error(err)
+			break
 		}
-		slices.Sort(bytes)
-		slices.Sort(late)
 		side := map[byte]string{mute: "far", writes: "near"}[how]
-		t.Logf("F-11: %s: %d beside one whose %s end does not read: %.0f %% of the throughput (%.0f to %.0f), p99 %.2f × (%.2f to %.2f)", what, many, side,
-			100*bytes[12], 100*bytes[6], 100*bytes[18], late[12], late[6], late[18])
-		if bytes[12] < 0.9 || late[12] > 2 {
+		t.Logf("F-11: %s: %d beside one whose %s end does not read: %v", what, many, side, c)
+		if !c.Keeps() {
 			t.Error("nine tenths of the throughput are wanted, and twice the time at most")
 		}
 	}
 	for _, c := range conns {
 		stream.Abort(c)
 	}
-}
-
-// window has all of them ask and answer for d, 16 KiB each time; it gives how often,
-// and the 99th percentile of how long that took.
-func window(t *testing.T, conns []net.Conn, d time.Duration) (n int, p99 time.Duration) {
-	t.Helper()
-	took := make([][]time.Duration, len(conns))
-	end := time.Now().Add(d)
-	var all sync.WaitGroup
-	for i, c := range conns {
-		c.SetDeadline(end.Add(time.Minute))
-		all.Go(func() {
-			for b := make([]byte, 16<<10); time.Now().Before(end); {
-				begin := time.Now()
-				_, err := c.Write(b)
-				if err == nil {
-					_, err = io.ReadFull(c, b)
-				}
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				took[i] = append(took[i], time.Since(begin))
-			}
-		})
-	}
-	all.Wait()
-	every := slices.Concat(took...)
-	slices.Sort(every)
-	if len(every) == 0 {
-		t.Fatal("nothing went through")
-	}
-	return len(every), every[len(every)*99/100]
 }
