@@ -24,6 +24,21 @@ func prefaceKind(b []byte) uint8 {
 	return b[5]
 }
 
+// purpose is what a connection that begins with b is for: its preface's kind, or that of the one behind a
+// hop's; 0 when it is not of this wire. more says that b is too short to tell.
+func purpose(b []byte) (kind uint8, more bool) {
+	for mayBePreface(b) {
+		if len(b) < prefaceSize {
+			return kind, true
+		}
+		if kind = prefaceKind(b); kind != Hop {
+			return kind, false
+		}
+		b = b[prefaceSize:]
+	}
+	return kind, false
+}
+
 // A piece is what a cutter gives: a record, a message, or something that is neither, which has no
 // number.
 type piece struct {
@@ -61,7 +76,7 @@ func (c *cutter) next(of uint8) (piece, bool) {
 		default:
 			k := prefaceKind(c.have)
 			c.initiator = k != Lane && k != Carrier
-			c.begun, c.plain = k != Lane, k == Carrier
+			c.begun, c.plain = k != Lane && k != Hop, k == Carrier // behind those another may come
 			return piece{bytes: c.take(prefaceSize)}, true
 		}
 		c.plain = c.plain || of == Carrier

@@ -74,6 +74,7 @@ const (
 	Authority  = 3
 	Lane       = 16 // of a relay
 	Carrier    = 17
+	Hop        = 18 // that a relay passes on; what it is for follows
 )
 
 // Fault is one damage. It is done once.

@@ -368,14 +368,15 @@ func (h *half) run() {
 	b, err := h.read()
 	if h.way == Out { // until it is known what the connection is for
 		head := b
-		for err == nil && len(head) < prefaceSize && mayBePreface(head) {
+		kind, more := purpose(head)
+		for ; err == nil && more; kind, more = purpose(head) {
 			head = bytes.Clone(head)
 			if b, err = h.read(); len(b) > 0 {
 				head = append(head, b...)
 			}
 		}
 		b = head
-		h.link.preface.Store(uint32(prefaceKind(b)))
+		h.link.preface.Store(uint32(kind))
 	}
 	for ; ; b, err = h.read() {
 		if h.link.still.Load() {

@@ -446,43 +446,62 @@ func TestAFaultIsForItsConnections(t *testing.T) {
 
 // What a cutter gives does not depend on how the bytes come.
 func TestPiecesAreTheSameHoweverTheyCome(t *testing.T) {
-	pieces := conversation("it")[Out]
-	whole := bytes.Join(pieces, nil)
-	for _, step := range []int{1, 2, 3, 7, 25, 1000, len(whole)} {
-		var c cutter
-		var got [][]byte
-		numbers := map[Unit][]int64{}
-		for rest := whole; len(rest) > 0; {
-			n := min(step, len(rest))
-			c.feed(rest[:n])
-			rest = rest[n:]
+	said := conversation("it")[Out][2:]
+	for _, prefaces := range [][]uint8{{Service}, {Lane, Service}, {Hop, Control}, {Hop, Lane, Service}} {
+		var pieces [][]byte
+		for _, kind := range prefaces {
+			pieces = append(pieces, preface(kind))
+		}
+		pieces = append(pieces, said...)
+		whole := bytes.Join(pieces, nil)
+		of, more := purpose(whole)
+		if want := prefaces[min(1, len(prefaces)-1)]; more || prefaces[0] == Hop && of != want || prefaces[0] != Hop && of != prefaces[0] {
+			t.Errorf("behind %v: it is for %d, more is wanted: %v", prefaces, of, more)
+		}
+		for _, step := range []int{1, 2, 3, 7, 25, 1000, len(whole)} {
+			var c cutter
+			var got [][]byte
+			numbers := map[Unit][]int64{}
+			for rest := whole; len(rest) > 0; {
+				n := min(step, len(rest))
+				c.feed(rest[:n])
+				rest = rest[n:]
+				for {
+					p, ok := c.next(of)
+					if !ok {
+						break
+					}
+					got = append(got, bytes.Clone(p.bytes))
+					numbers[p.unit] = append(numbers[p.unit], p.number)
+				}
+			}
+			if !slices.EqualFunc(got, pieces, bytes.Equal) {
+				t.Errorf("behind %v, %d at a time: %q", prefaces, step, got)
+			}
+			if !slices.Equal(numbers[Record], []int64{0, 1, 2, 3, 4, 5}) || !slices.Equal(numbers[Message], []int64{1, 3}) {
+				t.Errorf("behind %v, %d at a time: numbers %v", prefaces, step, numbers)
+			}
+		}
+	}
+	// A carrier's bytes, and those of another protocol, are nobody's records, whichever way they go.
+	yamux, other := []byte{0, 3, 1, 2, 3, 0}, []byte("\x00\x03abcd")
+	for _, whole := range [][]byte{append(preface(Carrier), yamux...), append(append(preface(Hop), preface(Carrier)...), yamux...), other} {
+		of, _ := purpose(whole)
+		for _, b := range [][]byte{whole, whole[len(whole)-len(yamux):]} {
+			var c cutter
+			c.feed(b)
+			n := 0
 			for {
-				p, ok := c.next(Lane)
+				p, ok := c.next(of)
 				if !ok {
 					break
 				}
-				got = append(got, bytes.Clone(p.bytes))
-				numbers[p.unit] = append(numbers[p.unit], p.number)
+				if n += len(p.bytes); p.unit != Byte {
+					t.Errorf("%v of %q", p.unit, b)
+				}
 			}
-		}
-		if !slices.EqualFunc(got, pieces, bytes.Equal) {
-			t.Errorf("%d at a time: %q", step, got)
-		}
-		if !slices.Equal(numbers[Record], []int64{0, 1, 2, 3, 4, 5}) || !slices.Equal(numbers[Message], []int64{1, 3}) {
-			t.Errorf("%d at a time: numbers %v", step, numbers)
-		}
-	}
-	// A carrier's bytes, and those of another protocol, are nobody's records.
-	for of, b := range map[uint8][]byte{Carrier: append(preface(Carrier), 0, 3, 1, 2, 3, 0), 0: []byte("\x00\x03abcd")} {
-		var c cutter
-		c.feed(b)
-		for {
-			p, ok := c.next(of)
-			if !ok {
-				break
-			}
-			if p.unit != Byte {
-				t.Errorf("%v of %q", p.unit, b)
+			if n != len(b) {
+				t.Errorf("%d bytes of %q are passed on", n, b)
 			}
 		}
 	}
