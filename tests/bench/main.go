@@ -9,8 +9,9 @@
 //
 // Every part of a system, and the server behind it, is a process of its own on this machine; the
 // load comes from this one. In each round every load meets every system, one right after another
-// and from another beginning in each round, so that what else the machine does hits all alike. The
-// figures are medians over the rounds; beside them stand their multiples of a yardstick: two
+// and from another beginning in each round, so that what else the machine does hits all alike; rtt1
+// does so four times a round, half as long: on which core each process wakes is chance, and stays so
+// for a while. The figures are medians; beside them stand their multiples of a yardstick: two
 // forwarders that copy, which do an inlet's and an outlet's work without a cipher, and for the loads
 // over a link bare TCP over the same link. A load checks what it gets (an echo is what was sent, a
 // count is right, an end is clean): a system that gets one wrong "breaks", with the reason below.
@@ -138,7 +139,7 @@ type plan struct {
 
 func planFlags(f *flag.FlagSet) *plan {
 	p := new(plan)
-	f.IntVar(&p.rounds, "rounds", 3, "how often each load meets each system")
+	f.IntVar(&p.rounds, "rounds", 3, "how often each load meets each system; rtt1 four times as often, for half as long")
 	f.DurationVar(&p.d, "d", 200*time.Millisecond, "how long a load lasts; some last longer, as they must")
 	f.IntVar(&p.streams, "streams", 10000, "idle streams; fewer where descriptors are limited")
 	f.StringVar(&p.systemNames, "systems", "", "what to measure: all, or of "+strings.Join(systemKeys(true), ",")+"; all but splice and yamux if empty")
@@ -227,7 +228,7 @@ func (p *plan) estimate() (total time.Duration) {
 			if l.once {
 				rounds = 1
 			}
-			total += rounds * time.Duration(len(p.systems)) * (l.lasts(p.d)*time.Duration(max(l.parts, 1)) + overheadOfLoad)
+			total += rounds * time.Duration(max(l.turns, 1)) * time.Duration(len(p.systems)) * (l.lasts(p.turn(l).d)*time.Duration(max(l.parts, 1)) + overheadOfLoad)
 			if l.name == "idle" {
 				total += time.Duration(len(p.systems)) * overheadOfIdle
 			}
@@ -237,6 +238,15 @@ func (p *plan) estimate() (total time.Duration) {
 		}
 	}
 	return total
+}
+
+// turn is the plan for one of a load's turns.
+func (p *plan) turn(l load) *plan {
+	q := *p
+	if l.turns > 1 {
+		q.d /= 2
+	}
+	return &q
 }
 
 // together measures a setting with all its systems running side by side.
@@ -266,9 +276,9 @@ func together(ctx context.Context, p *plan, s *setting, b *binaries, r *report) 
 			if !slices.Contains(p.loads, l.name) {
 				continue
 			}
-			for i := range running {
+			for i := range len(running) * max(l.turns, 1) {
 				d := running[(i+round)%len(running)]
-				if err := r.of(d.System).meet(ctx, l, d, p); err != nil {
+				if err := r.of(d.System).meet(ctx, l, d, p.turn(l)); err != nil {
 					return err
 				}
 			}

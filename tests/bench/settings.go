@@ -19,6 +19,8 @@ type figure struct {
 	// To is the system in whose multiples it is given too; empty: it is a multiple already, or none
 	// has a meaning.
 	To string `json:"multiple_of,omitempty"`
+	// Turns of half a load's time are taken in each round; 0: one of the whole.
+	Turns int `json:"turns,omitempty"`
 }
 
 // A load is something to do to a system.
@@ -27,12 +29,22 @@ type load struct {
 	seldom  bool          // not in a run that names no loads
 	least   time.Duration // what it measures needs so long
 	parts   int           // it takes its time so often; 0: once
+	turns   int           // it meets each system so often in a round, for half of its time; 0: once
 	once    bool          // in the first round alone
 	figures []figure
 	run     func(ctx context.Context, d *deployment, p *plan) (outcome, error)
 }
 
 func (l load) lasts(d time.Duration) time.Duration { return max(d, l.least) }
+
+// inTurns is for a load whose figures depend on which cores the kernel happens to pick.
+func inTurns(n int, l load) load {
+	l.turns = n
+	for i := range l.figures {
+		l.figures[i].Turns = n
+	}
+	return l
+}
 
 // An outcome has one value for each figure of the load; NaN is one that cannot be had here.
 type outcome struct {
@@ -70,7 +82,7 @@ const gigabit = 1e9 / 8 // bytes a second
 
 var settings = []*setting{
 	{key: "plain", name: "plain", measure: together, loads: []load{
-		roundTripLoad("rtt1", topicRoundTrips, yardstick, 1, 0),
+		inTurns(4, roundTripLoad("rtt1", topicRoundTrips, yardstick, 1, 0)),
 		roundTripLoad("rtt16", topicRoundTrips, yardstick, 16, 0),
 		roundTripLoad("rtt256", topicRoundTrips, yardstick, 256, 0),
 		bulkLoad("up1", topicBulk, yardstick, up, 1, 0, true),
