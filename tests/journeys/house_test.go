@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
@@ -162,6 +163,30 @@ func (h *house) ticket(host string, grants ...string) (file string) {
 func (h *house) enroll(host string, grants ...string) {
 	h.t.Helper()
 	h.run(host, "enroll", h.ticket(host, grants...))
+}
+
+// id is a host's identity.
+func (h *house) id(host string) identity.ID {
+	h.t.Helper()
+	id, err := identity.ParseID(strings.TrimSpace(h.run(host, "identity", "show")))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return id
+}
+
+// member is the authority of which a host is one.
+func (h *house) member(host string) identity.ID {
+	h.t.Helper()
+	home, err := identity.Open(h.home(host))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	m, err := home.Membership()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return m.Authority
 }
 
 // serial is that of the credential which a host's home has now.

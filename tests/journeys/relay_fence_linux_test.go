@@ -137,8 +137,9 @@ func (l *lan) dial(host, addr string, within time.Duration) error {
 
 // socket is a line of /proc/net/tcp.
 type socket struct {
-	remote netip.AddrPort
-	state  int
+	local, remote netip.AddrPort
+	state         int
+	unsent        int // bytes that the other side has not acknowledged
 }
 
 const (
@@ -163,31 +164,38 @@ func sockets(t testing.TB, p *process.Process) (all []socket) {
 		for lines.Scan() {
 			fields := strings.Fields(lines.Text())
 			s := socket{state: listening} // whatever is in a table of UDP takes what comes
-			host, port, _ := strings.Cut(fields[2], ":")
-			raw, err := hex.DecodeString(host)
-			if err != nil || len(raw)%4 != 0 {
-				t.Fatalf("%s: %q", table, lines.Text())
+			var state, queued uint64
+			var errs [4]error
+			s.local, errs[0] = endpoint(fields[1])
+			s.remote, errs[1] = endpoint(fields[2])
+			state, errs[2] = strconv.ParseUint(fields[3], 16, 8)
+			sending, _, _ := strings.Cut(fields[4], ":")
+			queued, errs[3] = strconv.ParseUint(sending, 16, 32)
+			if err := errors.Join(errs[:]...); err != nil {
+				t.Fatalf("%s: %q: %v", table, lines.Text(), err)
 			}
-			for i := 0; i < len(raw); i += 4 { // words of this machine's, of bytes in the network's order
-				binary.NativeEndian.PutUint32(raw[i:], binary.BigEndian.Uint32(raw[i:]))
-			}
-			ip, _ := netip.AddrFromSlice(raw)
-			n, err := strconv.ParseUint(port, 16, 16)
-			if err != nil {
-				t.Fatalf("%s: %q", table, lines.Text())
-			}
-			s.remote = netip.AddrPortFrom(ip.Unmap(), uint16(n))
 			if strings.HasPrefix(table, "tcp") {
-				state, err := strconv.ParseUint(fields[3], 16, 8)
-				if err != nil {
-					t.Fatalf("%s: %q", table, lines.Text())
-				}
-				s.state = int(state)
+				s.state, s.unsent = int(state), int(queued)
 			}
 			all = append(all, s)
 		}
 	}
 	return all
+}
+
+// endpoint is one as those tables have it: words of this machine's, of bytes in the network's order.
+func endpoint(field string) (netip.AddrPort, error) {
+	host, port, _ := strings.Cut(field, ":")
+	raw, err := hex.DecodeString(host)
+	if err != nil || len(raw)%4 != 0 {
+		return netip.AddrPort{}, fmt.Errorf("%q is no address", field)
+	}
+	for i := 0; i < len(raw); i += 4 {
+		binary.NativeEndian.PutUint32(raw[i:], binary.BigEndian.Uint32(raw[i:]))
+	}
+	ip, _ := netip.AddrFromSlice(raw)
+	n, err := strconv.ParseUint(port, 16, 16)
+	return netip.AddrPortFrom(ip.Unmap(), uint16(n)), err
 }
 
 // Twenty streams by four inlets, which are four lanes: by dial-back each is a connection of the

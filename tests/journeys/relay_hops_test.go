@@ -5,7 +5,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/portal-tunnel/portal/identity"
 	"github.com/portal-tunnel/portal/tests/process"
 )
 
@@ -24,15 +23,6 @@ func TestThroughTwoRelaysAKilledOneIsAnExactPrefixAndThenAReset(t *testing.T) {
 			name := word()
 			m.enroll("db1", "--serve", name)
 			m.enroll("bot", "--attr", "role=agent")
-			home, err := identity.Open(m.home("bot"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			member, err := home.Membership()
-			if err != nil {
-				t.Fatal(err)
-			}
-			pin := func(host string) string { return strings.TrimSpace(m.run(host, "identity", "show")) }
 			var first *process.Process
 			var log []string // the first relay's, of its lives before
 			at := "127.0.0.1:0"
@@ -40,14 +30,14 @@ func TestThroughTwoRelaysAKilledOneIsAnExactPrefixAndThenAReset(t *testing.T) {
 				if first != nil {
 					log = append(log, first.Lines()...)
 				}
-				first = m.start("first", "relay", "--listen", at, "--trust", member.Authority.String(), "--next", "b="+pin("relay")+"@"+m.at,
+				first = m.start("first", "relay", "--listen", at, "--trust", m.member("bot").String(), "--next", "b="+m.id("relay").String()+"@"+m.at,
 					"--allow-next", `principal.role == "agent"`, "--log-level", "debug")
 				at = m.line(first, `relay ready on (\S+)`)
 			}
 			open()
 			out := m.start("db1", "outlet", name, "--to", s.addr(), "--allow", `principal.role == "agent"`, "--carrier", carrier)
 			m.line(out, `ready via `+m.at)
-			via := []string{"--via", pin("first") + "@" + at + "," + pin("relay") + "@b"}
+			via := []string{"--via", m.id("first").String() + "@" + at + "," + m.id("relay").String() + "@b"}
 			in := m.start("bot", append([]string{"inlet", name, "--from", "0"}, via...)...)
 			addr := m.line(in, `listening on (\S+)`)
 			m.line(in, `ready via \S+,b \(db1, `)

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"io"
 	"net"
-	"strings"
 	"sync"
 	"testing"
 
@@ -178,9 +177,7 @@ func TestAHostileRelayOpensNoStreamBetweenOtherProcesses(t *testing.T) {
 	for host, name := range map[string]string{"db1": "db", "db2": "db", "files1": "files"} {
 		m.enroll(host, "--serve", name)
 		services[host] = newService(t)
-		if hosts[host], err = identity.ParseID(strings.TrimSpace(m.run(host, "identity", "show"))); err != nil {
-			t.Fatal(err)
-		}
+		hosts[host] = m.id(host)
 		m.line(m.start(host, "outlet", name, "--to", services[host].addr(), "--allow", `principal.role == "agent"`), `outlet \S+ ready via`)
 	}
 	m.enroll("bot", "--attr", "role=agent")

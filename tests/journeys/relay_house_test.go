@@ -37,7 +37,7 @@ func (m *meeting) open(listen string) {
 func newBlindMeeting(t testing.TB) *meeting {
 	t.Helper()
 	m := &meeting{house: newHomes(t, "office"), at: free(t)}
-	m.pin = strings.TrimSpace(m.run("relay", "identity", "show"))
+	m.pin = m.id("relay").String()
 	return m
 }
 

@@ -44,25 +44,11 @@ type one struct {
 
 func newCrowd(m *meeting, host string) *crowd {
 	m.t.Helper()
-	home, err := identity.Open(m.home(host))
-	if err != nil {
-		m.t.Fatal(err)
-	}
 	c := new(crowd)
 	c.changed.L = &c.mu
-	if c.self, err = home.Self(); err != nil {
-		m.t.Fatal(err)
-	}
-	if c.trust, err = home.Trust(); err != nil {
-		m.t.Fatal(err)
-	}
-	member, err := home.Membership()
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	way := member.Ways[0]
+	c.self, c.trust = m.as(host)
 	node := new(routing.Node)
-	c.client = &relay.Client{ID: way.ID, Addr: way.Addr, Node: node, Self: c.self, Trust: c.trust}
+	c.client = &relay.Client{ID: m.id("relay"), Addr: m.at, Node: node, Self: c.self, Trust: c.trust}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.ctx = ctx
 	c.all.Go(func() { c.client.Run(ctx) })

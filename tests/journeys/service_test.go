@@ -37,7 +37,9 @@ const patience = 30 * time.Second
 //	S          reading until the end, then the SHA-256 of what came, then an end
 //	E          an echo, ended when the client ends
 //	R          the pattern, then, once a byte has come, a reset
+//	M          reading nothing: a byte now and then, until the connection is reset
 //	B number   the pattern over and over, until the client has ended, then an end; as U meanwhile
+//	G number   a byte, then, once there is one in the gate, as B
 //
 // A number (4 bytes, big-endian) tells one transfer's result from those before.
 type service struct {
@@ -45,6 +47,7 @@ type service struct {
 	results chan result
 	marks   chan mark     // of the next U
 	stuck   chan struct{} // a write of B has waited for a second
+	gate    chan struct{} // of G
 
 	accepted atomic.Int64 // connections
 
@@ -81,7 +84,7 @@ func serveOn(addr string) (*service, error) {
 	if path, ok := unixPath(addr); ok {
 		network, addr = "unix", path
 	}
-	s := &service{results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1)}
+	s := &service{results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1), gate: make(chan struct{}, 64)}
 	var err error
 	s.server, err = serving.Listen(network, addr, func(c net.Conn) {
 		s.accepted.Add(1)
@@ -90,7 +93,10 @@ func serveOn(addr string) (*service, error) {
 	return s, err
 }
 
-func (s *service) close() { s.server.Close() }
+func (s *service) close() {
+	close(s.gate)
+	s.server.Close()
+}
 
 func (s *service) addr() string { return s.server.Addr() }
 
@@ -111,7 +117,7 @@ func (s *service) answer(c net.Conn) {
 		return
 	}
 	switch kind[0] {
-	case 'D', 'U', 'H', 'B':
+	case 'D', 'U', 'H', 'B', 'G':
 		if _, err := io.ReadFull(c, number[:]); err != nil {
 			return
 		}
@@ -148,6 +154,21 @@ func (s *service) answer(c net.Conn) {
 		// Not spliced by the kernel: each idle connection would hold a pipe, two descriptors more.
 		io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
 		c.(halfCloser).CloseWrite()
+	case 'M':
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for _, err := c.Write(kind[:]); err == nil; _, err = c.Write(kind[:]) {
+			<-tick.C
+		}
+	case 'G':
+		c.Write(kind[:])
+		late := time.NewTimer(2 * patience)
+		defer late.Stop()
+		select {
+		case <-s.gate:
+		case <-late.C:
+		}
+		fallthrough
 	case 'B':
 		ended := make(chan struct{})
 		go func() {
