@@ -77,7 +77,7 @@ func (w *liar) open(registered *stream.Conn, who *identity.Self) error {
 	case <-w.ctx.Done():
 		w.t.Fatal("the outlet does not come by the lane")
 	}
-	l, err := link.Dial(w.ctx, &channel.Lane{Conn: lane}, &channel.Config{Node: w.node, Self: who, Trust: w.trust, Kind: channel.Service, Judge: anybody}, nil)
+	l, err := link.Dial(w.ctx, &channel.Lane{Conn: lane}, &channel.Config{Node: w.node, Self: who, Trust: w.trust, Kind: channel.Service, Judge: everybody}, nil)
 	if err != nil {
 		return err
 	}

@@ -235,7 +235,7 @@ func TestAHostileRelayOpensNoStreamBetweenOtherProcesses(t *testing.T) {
 		{"itself as the outlet", nil, func(k *crook, in *stream.Incoming) {
 			key := key32()
 			e, err := channel.Respond(k.ctx, &channel.Lane{Conn: k.invite(in, key), Key: key}, &channel.Config{
-				Node: k.node, Self: self, Trust: k.trust, Kind: channel.Service, Proofless: true, Judge: anybody,
+				Node: k.node, Self: self, Trust: k.trust, Kind: channel.Service, Proofless: true, Judge: everybody,
 			})
 			if err == nil {
 				e.Abort(channel.CloseInternal, io.ErrUnexpectedEOF)

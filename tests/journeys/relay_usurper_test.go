@@ -36,7 +36,7 @@ func (u *usurper) serve(self *identity.Self, at string, accept func(*link.Live, 
 	}
 	server := &link.Server{
 		Services: map[channel.Kind]link.Service{channel.Relay: {
-			Config: channel.Config{Node: u.node, Self: self, Trust: u.trust, Proofless: true, Judge: anybody},
+			Config: channel.Config{Node: u.node, Self: self, Trust: u.trust, Proofless: true, Judge: everybody},
 			Accept: accept,
 		}},
 		Lane: func(ctx context.Context, p channel.Preface, _ int, c net.Conn) (known bool) {
@@ -55,8 +55,6 @@ func (u *usurper) serve(self *identity.Self, at string, accept func(*link.Live, 
 		u.node.Close()
 	})
 }
-
-func anybody(*identity.Peer) error { return nil }
 
 // offer is that of a lane: id and key are a relay's to choose.
 func offer(id [16]byte, key [32]byte) []byte { return append(append([]byte{1}, id[:]...), key[:]...) }
