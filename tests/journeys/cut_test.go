@@ -194,6 +194,14 @@ func TestAKilledProcessIsAnExactPrefixAndThenAReset(t *testing.T) {
 	ready(t, addr)
 }
 
+// sendSignal has a process get one: SIGSTOP has it stand still, SIGCONT go on.
+func sendSignal(t testing.TB, p *process.Process, s syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(p.Pid(), s); err != nil {
+		t.Fatalf("%v for process %d: %v", s, p.Pid(), err)
+	}
+}
+
 func kill(t testing.TB, p *process.Process) {
 	if err := syscall.Kill(-p.Pid(), syscall.SIGKILL); err != nil {
 		t.Errorf("killing process %d: %v", p.Pid(), err)

@@ -254,9 +254,7 @@ func TestAProcessThatStandsStillIsGivenUpAndComesBack(t *testing.T) {
 				before := w.stand()
 				u := newBand(t, s, w.addr, 20)
 				p := w.each()[role]
-				if err := syscall.Kill(p.Pid(), syscall.SIGSTOP); err != nil {
-					t.Fatal(err)
-				}
+				sendSignal(t, p, syscall.SIGSTOP)
 				begin := time.Now()
 				time.AfterFunc(lasts, func() { syscall.Kill(p.Pid(), syscall.SIGCONT) })
 				if lasts < 20*time.Second {

@@ -157,12 +157,12 @@ func TestALaneBetweenProcessesThatStandsStillStallsOnlyItself(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				pause(t, p, syscall.SIGSTOP)
+				sendSignal(t, p, syscall.SIGSTOP)
 				push(all)
 				own, others := m.unsent()
 				held = append(held, fmt.Sprintf("%d+%d", own>>10, others>>10))
 				return func() {
-					pause(t, p, syscall.SIGCONT)
+					sendSignal(t, p, syscall.SIGCONT)
 					for _, c := range all {
 						stream.Abort(c)
 					}
@@ -212,13 +212,6 @@ func TestALaneBetweenProcessesThatStandsStillStallsOnlyItself(t *testing.T) {
 			})
 			t.Logf("KiB on their way from the relay and to it, in each turn: %s", strings.Join(held, " "))
 		})
-	}
-}
-
-func pause(t testing.TB, p *process.Process, s syscall.Signal) {
-	t.Helper()
-	if err := syscall.Kill(p.Pid(), s); err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -442,16 +442,11 @@ func (d door) flooded(t *testing.T, w *row, cores string, sources int, rate floa
 	const turn = 500 * time.Millisecond
 	flood := func(addr string, lasts time.Duration) (part float64, took []time.Duration, end func() (begun, refused int64)) {
 		p, end := besiege(t, cores, addr, first, sources, rate)
-		signal := func(s syscall.Signal) {
-			if err := syscall.Kill(p.Pid(), s); err != nil {
-				t.Fatal(err)
-			}
-		}
 		var alone, beside float64
 		for range lasts / turn {
-			signal(syscall.SIGSTOP)
+			sendSignal(t, p, syscall.SIGSTOP)
 			n, _ := pace(turn / 2)
-			signal(syscall.SIGCONT)
+			sendSignal(t, p, syscall.SIGCONT)
 			m, visits := pace(turn)
 			alone, beside, took = alone+n, beside+m, append(took, visits...)
 		}
