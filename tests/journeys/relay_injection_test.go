@@ -114,8 +114,8 @@ type attack struct {
 	pace  *time.Ticker // of what may be asked
 }
 
-// enter has a channel, or nil when the door refuses the caller itself.
-func (a *attack) enter(ctx context.Context) (*link.Live, error) {
+// dial has a channel, or nil when the door refuses the caller itself.
+func (a *attack) dial(ctx context.Context) (*link.Live, error) {
 	var last error
 	for {
 		select { // a door has room for so many tries of an address
@@ -165,7 +165,7 @@ func (a *attack) open(ctx context.Context, h stream.Header) (admitted bool, err 
 		}
 		if a.live.Err() != nil {
 			a.live.Close(nil)
-			if a.live, err = a.enter(ctx); err != nil {
+			if a.live, err = a.dial(ctx); err != nil {
 				return false, err
 			}
 			if a.live == nil {
@@ -200,7 +200,7 @@ func TestNothingOfAnyProcessIsReachedByAHeaderThatNoPolicyPermits(t *testing.T) 
 				defer a.pace.Stop()
 				defer a.node.Close()
 				var err error
-				if a.live, err = a.enter(x.ctx); err != nil {
+				if a.live, err = a.dial(x.ctx); err != nil {
 					t.Errorf("%s at the %s: %v", who, d.name, err)
 				}
 				if a.live == nil {
@@ -285,9 +285,10 @@ func TestARawConnectionToAnyProcessIsAnsweredByNothing(t *testing.T) {
 	m := message(t, "db")
 	record := append(binary.BigEndian.AppendUint16(nil, uint16(7+len(m))), 0x17, 0, 0, 0, 0)
 	record = append(binary.BigEndian.AppendUint16(record, uint16(len(m))), m...)
+	open := frame(nil, frameOpen, 1, opens(stream.Bytes, 1<<16, "db"))
 	said := [][]byte{
 		nil, []byte("GET / HTTP/1.1\r\nHost: db\r\n\r\n"), {0xff, 0xff}, make([]byte, 2+1232), m, record,
-		append(binary.BigEndian.AppendUint16(nil, 24), frame(nil, frameOpen, 1, opens(stream.Bytes, 1<<16, "db"))...),
+		append(binary.BigEndian.AppendUint16(nil, uint16(len(open))), open...),
 	}
 	var tried atomic.Int64
 	var all sync.WaitGroup
@@ -347,7 +348,7 @@ func TestNobodyTakesANameWhoseOutletIsKilled(t *testing.T) {
 		a := &attack{door: door{"relay", m.relay, m.at, channel.Relay}, self: self, trust: trust, pace: time.NewTicker(50 * time.Millisecond)}
 		defer a.pace.Stop()
 		defer a.node.Close()
-		l, err := a.enter(m.ctx)
+		l, err := a.dial(m.ctx)
 		if err != nil || l == nil {
 			t.Fatalf("%s has no channel: %v", host, err)
 		}
