@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -183,6 +184,30 @@ func TestNamesOfLoadsAndSettings(t *testing.T) {
 			t.Errorf("%s stands for two things", name)
 		}
 		seen[name] = true
+	}
+}
+
+// A load in turns has half of the time for each; its figures say so, and no others.
+func TestALoadInTurnsIsSaid(t *testing.T) {
+	p := &plan{rounds: 1, d: time.Second, loads: []string{"rtt1", "rtt16"}}
+	for name, want := range map[string]struct {
+		turns int
+		d     time.Duration
+	}{"rtt1": {4, time.Second / 2}, "rtt16": {0, time.Second}} {
+		l := settings[0].loads[slices.IndexFunc(settings[0].loads, func(l load) bool { return l.name == name })]
+		if d := p.turn(l).d; d != want.d || p.d != time.Second {
+			t.Errorf("%s lasts %v of %v", name, d, p.d)
+		}
+		for _, f := range l.figures {
+			if f.Turns != want.turns {
+				t.Errorf("%s says %d turns", f.Name, f.Turns)
+			}
+		}
+	}
+	var said strings.Builder
+	newReport(p).print(&said)
+	if !strings.Contains(said.String(), "\nrtt1 p50: 4 turns of 0.5 s a round\n") || strings.Contains(said.String(), "rtt16 p50: ") {
+		t.Errorf("it says %s", &said)
 	}
 }
 

@@ -40,9 +40,6 @@ func (l load) lasts(d time.Duration) time.Duration { return max(d, l.least) }
 // inTurns is for a load whose figures depend on which cores the kernel happens to pick.
 func inTurns(n int, l load) load {
 	l.turns = n
-	for i := range l.figures {
-		l.figures[i].Turns = n
-	}
 	return l
 }
 
@@ -156,7 +153,7 @@ func init() {
 	for _, s := range settings {
 		for _, l := range s.loads {
 			for i := range l.figures {
-				l.figures[i].Load = l.name
+				l.figures[i].Load, l.figures[i].Turns = l.name, l.turns
 			}
 		}
 	}
