@@ -1,15 +1,20 @@
 package relay
 
 import (
+	"bytes"
+	"encoding/binary"
 	"io"
 	"log/slog"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/yamux"
+
+	"github.com/portal-tunnel/portal/identity"
 )
 
 // What a close has to say waits for the session, which may be stuck. Others hold locks when they close.
@@ -92,5 +97,93 @@ func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 	}
 	if c.lanes != carrierLanes {
 		t.Errorf("%d lanes when each has come", c.lanes)
+	}
+}
+
+// yamux holds its own lock while it waits to say something, for up to 15 s. The relay asks it for the number
+// of its streams, and nobody else may wait for that.
+func TestAStuckCarrierThatIsAskedForRoomHoldsNobodyElseUp(t *testing.T) {
+	a, b := net.Pipe() // whoever writes to it waits for a reader
+	defer b.Close()
+	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	// Streams beyond its backlog, whose refusals nobody reads.
+	go func() {
+		for i := range uint32(4 * carrierLanes) {
+			frame := []byte{0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0} // a window update that begins a stream
+			binary.BigEndian.PutUint32(frame[4:], 2*i+1)
+			if _, err := b.Write(frame); err != nil {
+				return
+			}
+		}
+	}()
+	waits(t, "select", "yamux.(*Session).sendNoWait(")
+	c := &carrier{server: new(Server), session: session}
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		c.reserve()
+	}()
+	waits(t, "sync.Mutex.Lock", "yamux.(*Session).NumStreams(")
+	if !c.server.mu.TryLock() {
+		t.Error("the relay's lock is held meanwhile")
+	} else {
+		c.server.mu.Unlock()
+	}
+	select {
+	case <-asked:
+		t.Error("yamux answers at once: nothing is proved")
+	default:
+	}
+	session.Close()
+	<-asked
+}
+
+// waits returns when a goroutine waits in a function, for what a trace calls so.
+func waits(t *testing.T, what, function string) {
+	t.Helper()
+	all := make([]byte, 1<<20)
+	for end := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+		for g := range bytes.SplitSeq(all[:runtime.Stack(all, true)], []byte("\n\n")) {
+			if head, calls, _ := bytes.Cut(g, []byte("\n")); bytes.Contains(head, []byte("["+what)) && bytes.Contains(calls, []byte(function)) {
+				return
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatalf("nobody waits for a %s in %s", what, function)
+		}
+	}
+}
+
+// Only so many outlets are asked for a lane, since each may take its time. One without room takes none.
+func TestOutletsWithoutRoomAreNotCountedAsAsked(t *testing.T) {
+	a, b := net.Pipe()
+	defer b.Close()
+	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	key := poolKey{name: AuthorityName}
+	s := &Server{Limits: Limits{LanesEach: 1}, pools: map[poolKey]*pool{key: {members: map[*registration]struct{}{}}}}
+	for range 3 * meetings {
+		c := &carrier{server: s, session: session}
+		// One that is forgotten by whoever looks, and as many as leave no room.
+		c.owed = append([]time.Time{time.Now().Add(-owedTime - time.Second)}, slices.Repeat([]time.Time{time.Now()}, carrierStreams)...)
+		s.pools[key].members[&registration{server: s, key: key, member: new(member), carrier: c}] = struct{}{}
+	}
+	if _, _, err := s.reach(t.Context(), key, identity.ID{}, [32]byte{}, nil); err != errCarrierFull {
+		t.Errorf("it says %v", err)
+	}
+	for r := range s.pools[key].members {
+		if len(r.carrier.owed) != carrierStreams {
+			t.Error("one is not looked at")
+		}
+		if r.member.lanes != 0 {
+			t.Errorf("one has %d lanes", r.member.lanes)
+		}
 	}
 }
