@@ -411,7 +411,7 @@ func TestRefusalCarriesCodeAndReason(t *testing.T) {
 			in.Refuse(c.code, c.say)
 			in.Refuse(stream.CodeBusy, "twice")
 			var refusal *stream.RefusedError
-			if err := s.Wait(context.Background()); !errors.As(err, &refusal) || refusal.Code != c.code || refusal.Reason != c.hear {
+			if err := s.Wait(context.Background()); !errors.As(err, &refusal) || refusal.Code != c.code || refusal.Reason != c.hear || refusal.Local {
 				t.Errorf("%v %q: heard %v", c.code, c.say, err)
 			}
 			if _, err := s.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
@@ -462,5 +462,19 @@ func TestLongNamesAndBodiesAreNotSent(t *testing.T) {
 			t.Error("another header arrived than was sent")
 		}
 		in.Refuse(stream.CodeRefused, "")
+	})
+}
+
+// Whoever asks the other end must not take this end's own no for its answer.
+func TestARefusalForWantOfRoomHereIsNoAnswer(t *testing.T) {
+	virtual(t, memnet.Link{}, stream.Limits{Streams: 1}, func(w *world) {
+		c, d := w.open()
+		_, err := w.x.mux.Open(stream.Header{Kind: stream.Probe})
+		var refusal *stream.RefusedError
+		if !errors.As(err, &refusal) || refusal.Code != stream.CodeBusy || !refusal.Local {
+			t.Errorf("the second of one stream: %v", err)
+		}
+		d.Reset(stream.CodeLocal, "")
+		c.Reset(stream.CodeLocal, "")
 	})
 }
