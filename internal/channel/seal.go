@@ -32,6 +32,15 @@ const (
 	// slowWrite is how long one write to the lane may take before writes become
 	// smaller: a keystroke must not wait behind a batch on a slow line.
 	slowWrite = 4 * time.Millisecond
+
+	// together bounds what goes out in one write of several streams: the other end opens the
+	// first half of a batch while this one seals the second. With whole batches one core of
+	// two waited for the other a tenth of the time.
+	together = buffer.Batch / 2
+
+	// few is how many buffers may wait for those behind them to be of half a batch each. They
+	// take the memory of a whole one, so these are 5 MB; of more, a record each.
+	few = 16
 )
 
 var errControl = errors.New("the other end does not read what it is told")
@@ -324,7 +333,11 @@ func (s *sealer) tellLocked() {
 // less while others wait, and less on a lane that takes them slowly.
 func (s *sealer) Budget() int {
 	n := int(s.budget.Load())
-	if s.depth.Load() > 0 {
+	switch depth := s.depth.Load(); {
+	case depth == 0:
+	case depth <= few && n == buffer.Batch:
+		n /= 2
+	default:
 		n = min(n, max(n/4, buffer.Shared))
 	}
 	return n
@@ -462,7 +475,7 @@ func (s *sealer) write(control []slot, data []waiting) (err error) {
 
 // out seals every record of b in place and owns it. What is sealed goes out together,
 // in one write, at the end of the round or when it is as much as the lane has lately
-// taken quickly, and no more than a batch: whoever closes or waits must see that a slow
+// taken quickly, and no more than half a batch: whoever closes or waits must see that a slow
 // one goes on.
 func (s *sealer) out(b *buffer.Buffer) error {
 	if n := s.heldPayload; n > 0 && n+b.Payload() > s.quick {
@@ -523,7 +536,7 @@ func (s *sealer) pace(n int, took time.Duration) {
 	case took > slowWrite:
 		s.quick = 0
 	case took < slowWrite/4:
-		s.quick = min(max(s.quick, 2*n), buffer.Batch)
+		s.quick = min(max(s.quick, 2*n), together)
 	}
 	now := int(s.budget.Load())
 	switch {

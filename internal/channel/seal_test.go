@@ -279,7 +279,7 @@ func TestSealedBuffersGoOutTogetherAsFarAsTheLaneIsQuick(t *testing.T) {
 	}{
 		{"all of them", buffer.Batch, 8, 8 << 10, 1},
 		{"each on its own", 0, 8, 8 << 10, 8},
-		{"a batch at most", buffer.Batch, 9, 50 << 10, 3},
+		{"half a batch at most", together, 9, 30 << 10, 3},
 	} {
 		t.Run(of.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -350,6 +350,9 @@ func TestBudgetFollowsTheLane(t *testing.T) {
 		if n := a.end.Budget(); n != buffer.Batch {
 			t.Errorf("on a fast lane the budget is %d", n)
 		}
+		if a.end.quick != together {
+			t.Errorf("a fast lane takes %d of several streams in one write", a.end.quick)
+		}
 		// A buffer that was not full says nothing.
 		a.end.budget.Store(buffer.Shared)
 		a.end.pace(buffer.Shared-1, 0)
@@ -361,8 +364,14 @@ func TestBudgetFollowsTheLane(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _, x := blocked(t)
 		check(t, a.send(new(buffer.Queue), []byte("somebody else")))
+		for waiting := 1; waiting <= few; waiting++ {
+			if n := a.end.Budget(); n != buffer.Batch/2 {
+				t.Errorf("while %d wait the budget of a fast lane is %d", waiting, n)
+			}
+			check(t, a.end.Post(new(buffer.Queue), frameOf([]byte("one more"))))
+		}
 		if n := a.end.Budget(); n != buffer.Bulk {
-			t.Errorf("while others wait the budget of a fast lane is %d", n)
+			t.Errorf("while many wait the budget of a fast lane is %d", n)
 		}
 		for slow := buffer.Batch / 2; slow >= buffer.Shared; slow /= 2 {
 			a.end.budget.Store(int32(slow))
