@@ -355,15 +355,30 @@ func (s *sealer) Stopped(err error) {
 	s.fail(err)
 }
 
-// Drained writes one round: all control frames, then every data buffer that
-// was queued when it began. What arrives meanwhile wakes the actor again.
+// Drained writes all that was queued when it began, in rounds. What arrives meanwhile
+// wakes the actor again.
 func (s *sealer) Drained(*routing.Actor) error {
 	s.mu.Lock()
-	control, data := s.control, s.data
-	s.control, s.data = s.spareSlots[:0], s.spareData[:0]
+	left := len(s.data)
+	s.mu.Unlock()
+	for {
+		took, more := s.round()
+		if left -= took; left <= 0 || !more {
+			return nil
+		}
+	}
+}
+
+// round writes all control frames, then a batch of data, or one buffer: credit does not
+// wait behind the bulk of many streams, nor do their senders until all of it is written.
+// It says how many buffers it has taken, and whether there can be another round.
+func (s *sealer) round() (took int, more bool) {
+	s.mu.Lock()
+	control, data := s.control, s.takeLocked()
+	s.control = s.spareSlots[:0]
 	clear(s.slots)
 	s.fewer.Broadcast()
-	s.depth.Store(0)
+	s.depth.Store(int32(len(s.data)))
 	for _, w := range data {
 		w.queue.Sealed = true
 	}
@@ -371,7 +386,7 @@ func (s *sealer) Drained(*routing.Actor) error {
 	s.mu.Unlock()
 	if len(control) == 0 && len(data) == 0 {
 		s.spareSlots, s.spareData = control, data
-		return nil
+		return 0, false
 	}
 	err := s.write(control, data)
 
@@ -398,12 +413,32 @@ func (s *sealer) Drained(*routing.Actor) error {
 	}
 	switch {
 	case err == nil:
+		return len(data), true
 	case errors.Is(err, ErrCut):
 		s.lost(err)
 	default:
 		s.fail(err)
 	}
-	return nil
+	return len(data), false
+}
+
+// takeLocked takes the data of one round off the queue.
+func (s *sealer) takeLocked() []waiting {
+	n, size := 0, 0
+	for n < len(s.data) && (n == 0 || size+s.data[n].buf.Payload() <= buffer.Batch) {
+		size += s.data[n].buf.Payload()
+		n++
+	}
+	if n == len(s.data) {
+		data := s.data
+		s.data = s.spareData[:0]
+		return data
+	}
+	data := append(s.spareData[:0], s.data[:n]...)
+	rest := copy(s.data, s.data[n:])
+	clear(s.data[rest:])
+	s.data = s.data[:rest]
+	return data
 }
 
 // write seals and writes control and data, and releases every buffer.

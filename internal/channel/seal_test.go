@@ -64,6 +64,42 @@ func TestQueueHoldsTwoBuffersAndTheThirdSenderWaits(t *testing.T) {
 	})
 }
 
+// TestControlFramesWaitForOneBatchOfData, however many streams have queued more; and so do a
+// stream that has nothing in that batch and is discarded, and the senders of those that have.
+func TestControlFramesWaitForOneBatchOfData(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, _, _ := open(t, memnet.Link{Rate: 1 << 20, Buffer: 1 << 10})
+		const streams, size = 12, 50000
+		queues := make([]buffer.Queue, streams)
+		for i := range queues {
+			check(t, a.end.Post(&queues[i], frameOf(make([]byte, size))))
+			check(t, a.end.Post(&queues[i], frameOf(make([]byte, size))))
+		}
+		go a.end.Flush()
+		synctest.Wait() // in the write of the first batch
+		sent := make(chan time.Time, 1)
+		go func() {
+			check(t, a.send(&queues[0], []byte("more")))
+			sent <- time.Now()
+		}()
+		check(t, a.end.Control(1, AppendHeader(nil, 0x14, 1, 0)))
+		if a.end.Discard(&queues[streams-1], net.ErrClosed) {
+			t.Error("a stream behind the first batch is said to be sealed")
+		}
+		begin := time.Now()
+		if took := (<-sent).Sub(begin); took > 300*time.Millisecond { // a batch takes 234 ms
+			t.Errorf("a sender waits %v for its own two buffers", took)
+		}
+		for len(b.got.all()) < 2*(streams-1)+2 {
+			time.Sleep(time.Millisecond)
+		}
+		if i := slices.IndexFunc(b.got.all(), func(f []byte) bool { return len(f) == 0 }); i < 1 || i > buffer.Batch/size {
+			t.Errorf("%d buffers went before a control frame", i)
+		}
+		a.leave()
+	})
+}
+
 func TestStopReleasesAWaitingSenderAndIsTakenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b, x := blocked(t)
@@ -279,7 +315,7 @@ func TestSealedBuffersGoOutTogetherAsFarAsTheLaneIsQuick(t *testing.T) {
 	}{
 		{"all of them", buffer.Batch, 8, 8 << 10, 1},
 		{"each on its own", 0, 8, 8 << 10, 8},
-		{"half a batch at most", together, 9, 30 << 10, 3},
+		{"half a batch at most", together, 9, 29 << 10, 3},
 	} {
 		t.Run(of.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
