@@ -186,20 +186,33 @@ type bar struct {
 
 const (
 	direct, oneRelay = "portal, direct", "portal, one relay"
-	ghost, frp       = "ghostunnel", "frp stcp"
+	ghost, ssh, frp  = "ghostunnel", "ssh -L", "frp stcp"
 )
 
 var bars = []bar{
 	{system: direct, figure: "rtt1 p50", of: yardstick, most: true, limit: 1.15},
-	{system: direct, figure: "rtt16 p50", of: ghost, most: true, limit: 1},
 	{system: direct, figure: "up1", of: yardstick, limit: .65},
 	{system: direct, figure: "down1", of: yardstick, limit: .65},
 	{system: direct, figure: "up8", of: yardstick, limit: .60},
 	{system: direct, figure: "down8", of: yardstick, limit: .60},
-	{system: direct, figure: "conns", of: "ssh -L", limit: 1},
+	{system: direct, figure: "rtt1 p50", of: ghost, most: true, limit: 1},
+	{system: direct, figure: "rtt16 p50", of: ghost, most: true, limit: 1},
+	{system: direct, figure: "up1", of: ghost, limit: 1},
+	{system: direct, figure: "down1", of: ghost, limit: 1},
+	{system: direct, figure: "up8", of: ghost, limit: 1},
+	{system: direct, figure: "down8", of: ghost, limit: 1},
+	{system: direct, figure: "conns", of: ghost, limit: 1},
+	{system: direct, figure: "rtt1 p50", of: ssh, most: true, limit: 1},
+	{system: direct, figure: "rtt16 p50", of: ssh, most: true, limit: 1},
+	{system: direct, figure: "up1", of: ssh, limit: 1},
+	{system: direct, figure: "down1", of: ssh, limit: 1},
+	{system: direct, figure: "up8", of: ssh, limit: 1},
+	{system: direct, figure: "down8", of: ssh, limit: 1},
+	{system: direct, figure: "conns", of: ssh, limit: 1},
 	{system: oneRelay, figure: "rtt1 p50", of: yardstick, most: true, limit: 1.5},
 	{system: oneRelay, figure: "up1", of: yardstick, limit: .48},
 	{system: oneRelay, figure: "down1", of: yardstick, limit: .48},
+	{system: oneRelay, figure: "rtt16 p50", of: ghost, most: true, limit: 1},
 	// frp goes through its server as well, so it is compared with the way through a relay.
 	{system: oneRelay, figure: "rtt1 p50", of: frp, most: true, limit: .6},
 	{system: oneRelay, figure: "up1", of: frp, limit: 4},
@@ -376,10 +389,27 @@ func (r *report) section(w io.Writer, topic string) {
 					fmt.Fprintln(w)
 				}
 				said[m.Name+f.Load] = true
-				fmt.Fprintf(w, "%s breaks at %s: %s\n", m.Name, f.Load, strings.ReplaceAll(why, "\n", "; "))
+				fmt.Fprintf(w, "%s breaks at %s: %s\n", m.Name, f.Load, inOneLine(why))
 			}
 		}
 	}
+}
+
+// inOneLine joins the lines of why, each said once and how often: eight streams mostly break alike.
+func inOneLine(why string) string {
+	var lines []string
+	count := map[string]int{}
+	for line := range strings.SplitSeq(why, "\n") {
+		if count[line]++; count[line] == 1 {
+			lines = append(lines, line)
+		}
+	}
+	for i, line := range lines {
+		if n := count[line]; n > 1 {
+			lines[i] = fmt.Sprintf("%d × %s", n, line)
+		}
+	}
+	return strings.Join(lines, "; ")
 }
 
 func (r *report) table(w io.Writer, figures []figure, values func(*measured) map[string]float64, units bool) {

@@ -28,7 +28,7 @@ func aReport() *report {
 	set(direct, "rtt1 p50", 121, 1, 900)
 	set(direct, "up1", 499, 400, 600)
 	set(direct, "down1", 1, 1)
-	r.named(direct).Failed["down1"] = "sent 5 bytes,\nthe server got 4"
+	r.named(direct).Failed["down1"] = "sent 5 bytes,\nthe server got 4\nsent 5 bytes,"
 	r.named(ghost).Missing = "ghostunnel is not installed"
 	r.named(frp).Failed["up1"] = "the count after half-close has 0 bytes, not 8"
 	set(oneRelay, "up1", 480, 490, 500)
@@ -52,7 +52,7 @@ func TestRatiosAreOfMediansToTheYardstick(t *testing.T) {
 	r.print(&out)
 	for _, want := range []string{
 		"missing: ghostunnel is not installed",
-		"portal, direct breaks at down1: sent 5 bytes,; the server got 4",
+		"portal, direct breaks at down1: 2 × sent 5 bytes,; the server got 4",
 		"frp stcp breaks at up1: the count after half-close",
 		"portal, one relay: inlet",
 		"holds   portal, direct: rtt1 p50 ≤ 1.15 × two forwarders, copy: 1.1",
