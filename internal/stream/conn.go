@@ -37,7 +37,7 @@ type Conn struct {
 	consumed uint64    // offset after the last byte its reader has
 	granted  uint64    // the credit that the other end has
 	window   int
-	smaller  int    // to what the window may go back since it grew, until it has been used up once more; else 0
+	smaller  int    // the window before it grew, until it has been used up once more; else 0
 	mark     uint64 // consumed, when the window was last looked at
 	markAt   time.Time
 	first    chunk // held bytes, oldest first

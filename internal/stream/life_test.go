@@ -400,7 +400,7 @@ func TestCloseWhileAWriteWaits(t *testing.T) {
 				e, g := w.open()
 				grow(w, c, d, 1<<20)
 				w.alive()
-				size := d.Window() + 1<<20
+				size := 4 << 20
 				if what != "credit" {
 					w.a.Stall()
 					size = 1 << 20

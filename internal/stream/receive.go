@@ -13,15 +13,12 @@ import (
 )
 
 const (
-	// A window grows when it is used up within two round trips, to no more than what two of
-	// them carry: more would only queue before other streams. One that takes no longer than
-	// quickTrip of them leaves the line idle for all but a quarter of one, so that two carry at
-	// least eight of it: a stream that is alone grows eightfold, which fills a long line in
-	// three round trips. Several that begin together would each take the line for idle; they
-	// grow fourfold up to fastWindow and twofold from there. One that takes longer fills its
-	// line; one that has grown beyond two round trips' bytes goes back to them. On a machine's
-	// own loopback the round trip is shorter than the scheduler's turn, so it counts as at
-	// least leastRTT.
+	// A window grows when it is used up within two round trips: fourfold up to
+	// fastWindow, which fills a long line in half the time, and twofold from there.
+	// One that takes longer than quickTrip round trips fills its line, and grows to what
+	// two of them carry; one that has grown beyond that goes back to it. More would only
+	// queue before other streams. On a machine's own loopback the round trip is shorter
+	// than the scheduler's turn, so it counts as at least leastRTT.
 	quickTrip  = 1.25
 	leastRTT   = time.Millisecond
 	fastWindow = 4 << 20
@@ -190,17 +187,13 @@ func (c *Conn) consumedLocked(n int) {
 			c.window = min(c.window, max(carried, smaller))
 		case trips <= 2 && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow():
 			more := 2 * c.window
-			switch {
-			case c.mux.Streams() == 1:
-				more = 8 * c.window
-			case c.window < fastWindow:
+			if c.window < fastWindow {
 				more = min(4*c.window, fastWindow)
 			}
 			if trips > quickTrip {
 				more = min(more, max(carried, c.window))
 			}
-			more = min(more, c.mux.limits.Window)
-			c.smaller, c.window = max(c.window, more/4), more
+			c.smaller, c.window = c.window, min(more, c.mux.limits.Window)
 		}
 		c.mark, c.markAt = c.consumed, now
 	}
