@@ -199,7 +199,8 @@ func (c *Conn) wireOver() bool { return c.doneRecv.Load() && c.doneSend.Load() }
 // cannot be delivered. The other end is told by the frame tell, if it ever heard of the stream, and
 // before anything that it says next is answered. end reports false when the stream had ended before.
 func (c *Conn) end(why error, undelivered bool, tell []byte) (ended bool) {
-	if c.wireOver() && !undelivered {
+	over := c.wireOver()
+	if over && !undelivered {
 		return false
 	}
 	c.recv.Lock()
@@ -220,8 +221,12 @@ func (c *Conn) end(why error, undelivered bool, tell []byte) (ended bool) {
 	c.writableLocked()
 	c.send.Unlock()
 	c.recv.Unlock()
-	if sealed := c.mux.over.Discard(&c.queue, why); sealed && tell != nil && c.opener {
-		c.mux.over.Control(key(frameReset, c.id), tell)
+	// What is queued of a stream that is over on the wire goes out, its end with it: the other
+	// end is told of nothing else.
+	if !over || tell != nil {
+		if sealed := c.mux.over.Discard(&c.queue, why); sealed && tell != nil && c.opener {
+			c.mux.over.Control(key(frameReset, c.id), tell)
+		}
 	}
 	c.doneRecv.Store(true)
 	c.doneSend.Store(true)

@@ -390,6 +390,35 @@ func TestCloseEndsInGoodOrder(t *testing.T) {
 	})
 }
 
+// TestAResetBehindBothEndsTakesNoEndBack: what is queued still, the end included, reaches the other
+// end, which would wait for it else.
+func TestAResetBehindBothEndsTakesNoEndBack(t *testing.T) {
+	virtual(t, memnet.Link{}, stream.Limits{}, func(w *world) {
+		c, d := w.open()
+		e, g := w.open()
+		if _, err := d.Write([]byte("never read")); err != nil {
+			t.Fatal(err)
+		}
+		d.CloseWrite()
+		synctest.Wait()
+		w.a.Stall()
+		go e.Write(make([]byte, 64<<10)) // sits in the lane
+		synctest.Wait()
+		c.SetWriteDeadline(time.Now().Add(time.Hour)) // a Write does not wait in the lane
+		if _, err := c.Write([]byte("all of it")); err != nil {
+			t.Fatal(err)
+		}
+		c.CloseWrite()
+		c.Reset(stream.CodeLocal, "")
+		w.a.Resume()
+		d.SetReadDeadline(time.Now().Add(time.Minute))
+		if b, err := io.ReadAll(d); err != nil || string(b) != "all of it" {
+			t.Errorf("the other end reads %q, %v", b, err)
+		}
+		g.Reset(stream.CodeLocal, "")
+	})
+}
+
 // TestCloseWhileAWriteWaits, for credit or for the lane: Close does not wait for
 // it, and the other end gets what the Write has counted, and an end.
 func TestCloseWhileAWriteWaits(t *testing.T) {
