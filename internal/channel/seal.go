@@ -39,7 +39,7 @@ const (
 	together = buffer.Batch / 2
 
 	// few is how many buffers may wait for those behind them to be of half a batch each. They
-	// take the memory of a whole one, so these are 5 MB; of more, a record each.
+	// take the memory of a whole one, so these are 4 MB; of more, a record each.
 	few = 16
 )
 
@@ -362,8 +362,8 @@ func (s *sealer) Drained(*routing.Actor) error {
 	left := len(s.data)
 	s.mu.Unlock()
 	for {
-		took, more := s.round()
-		if left -= took; left <= 0 || !more {
+		took, rest := s.round()
+		if left = min(left-took, rest); left <= 0 {
 			return nil
 		}
 	}
@@ -371,8 +371,9 @@ func (s *sealer) Drained(*routing.Actor) error {
 
 // round writes all control frames, then a batch of data, or one buffer: credit does not
 // wait behind the bulk of many streams, nor do their senders until all of it is written.
-// It says how many buffers it has taken, and whether there can be another round.
-func (s *sealer) round() (took int, more bool) {
+// It says how many buffers it has taken and how many wait behind them, none when the channel
+// is about to end.
+func (s *sealer) round() (took, rest int) {
 	s.mu.Lock()
 	control, data := s.control, s.takeLocked()
 	s.control = s.spareSlots[:0]
@@ -386,7 +387,7 @@ func (s *sealer) round() (took int, more bool) {
 	s.mu.Unlock()
 	if len(control) == 0 && len(data) == 0 {
 		s.spareSlots, s.spareData = control, data
-		return 0, false
+		return 0, 0
 	}
 	err := s.write(control, data)
 
@@ -403,7 +404,8 @@ func (s *sealer) round() (took int, more bool) {
 		}
 		data[i] = waiting{}
 	}
-	if s.last && len(s.data) == 0 {
+	rest = len(s.data)
+	if s.last && rest == 0 {
 		s.tellLocked()
 	}
 	s.mu.Unlock()
@@ -413,20 +415,20 @@ func (s *sealer) round() (took int, more bool) {
 	}
 	switch {
 	case err == nil:
-		return len(data), true
+		return len(data), rest
 	case errors.Is(err, ErrCut):
 		s.lost(err)
 	default:
 		s.fail(err)
 	}
-	return len(data), false
+	return len(data), 0
 }
 
 // takeLocked takes the data of one round off the queue.
 func (s *sealer) takeLocked() []waiting {
 	n, size := 0, 0
-	for n < len(s.data) && (n == 0 || size+s.data[n].buf.Payload() <= buffer.Batch) {
-		size += s.data[n].buf.Payload()
+	for n < len(s.data) && (n == 0 || size+payload(s.data[n].buf) <= buffer.Batch) {
+		size += payload(s.data[n].buf)
 		n++
 	}
 	if n == len(s.data) {
@@ -440,6 +442,10 @@ func (s *sealer) takeLocked() []waiting {
 	s.data = s.data[:rest]
 	return data
 }
+
+// payload is that of b without the header of the frame that fills a record, as budgets and
+// batches count.
+func payload(b *buffer.Buffer) int { return b.Payload() - b.Count()*frameHeader }
 
 // write seals and writes control and data, and releases every buffer.
 func (s *sealer) write(control []slot, data []waiting) (err error) {
@@ -513,7 +519,7 @@ func (s *sealer) write(control []slot, data []waiting) (err error) {
 // taken quickly, and no more than half a batch: whoever closes or waits must see that a slow
 // one goes on.
 func (s *sealer) out(b *buffer.Buffer) error {
-	if n := s.heldPayload; n > 0 && n+b.Payload() > s.quick {
+	if n := s.heldPayload; n > 0 && n+payload(b) > s.quick {
 		if err := s.push(); err != nil {
 			b.Release()
 			return err
@@ -523,7 +529,7 @@ func (s *sealer) out(b *buffer.Buffer) error {
 	if err := b.Records(s.records.seal); err != nil {
 		return err
 	}
-	s.heldPayload += b.Payload()
+	s.heldPayload += payload(b)
 	return nil
 }
 

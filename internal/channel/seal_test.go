@@ -315,14 +315,16 @@ func TestSealedBuffersGoOutTogetherAsFarAsTheLaneIsQuick(t *testing.T) {
 	}{
 		{"all of them", buffer.Batch, 8, 8 << 10, 1},
 		{"each on its own", 0, 8, 8 << 10, 8},
-		{"half a batch at most", together, 9, 29 << 10, 3},
+		{"half a batch at most", together, 9, 30 << 10, 3},
+		{"two records", together, 8, buffer.Bulk, 4},
+		{"each of half a batch", together, 4, buffer.Batch / 2, 4},
 	} {
 		t.Run(of.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a, b, _, _ := open(t, memnet.Link{})
 				synctest.Wait()
 				for range of.count {
-					check(t, a.end.Post(new(buffer.Queue), frameOf(make([]byte, of.bytes))))
+					check(t, a.end.Post(new(buffer.Queue), filled(of.bytes)))
 				}
 				a.end.quick = of.quick
 				before := a.end.writes.Load()
@@ -331,8 +333,8 @@ func TestSealedBuffersGoOutTogetherAsFarAsTheLaneIsQuick(t *testing.T) {
 				if n := a.end.writes.Load() - before; n != of.writes {
 					t.Errorf("%d writes of %d buffers, not %d", n, of.count, of.writes)
 				}
-				if n := len(b.got.all()); n != of.count {
-					t.Errorf("%d of %d frames arrived", n, of.count)
+				if n := len(b.got.all()); n != of.count*((of.bytes+buffer.Bulk-1)/buffer.Bulk) {
+					t.Errorf("%d frames of %d buffers arrived", n, of.count)
 				}
 				a.leave()
 			})
@@ -356,17 +358,41 @@ func TestAsyncSenderNeverSitsInAWrite(t *testing.T) {
 	})
 }
 
+// filled is a buffer of n bytes of payload in frames as long as they may be.
+func filled(n int) *buffer.Buffer {
+	b := buffer.ForPayload(n)
+	for n > 0 {
+		k := min(n, buffer.Bulk)
+		copy(b.Next(), AppendHeader(nil, 0x13, 1, k))
+		b.Commit(frameHeader + k)
+		n -= k
+	}
+	return b
+}
+
+// TestABudgetThatFellRisesAgainWhileManySend: their buffers are of a quarter of it, and four go out
+// in one write.
+func TestABudgetThatFellRisesAgainWhileManySend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _, x := blocked(t)
+		a.end.budget.Store(buffer.Batch / 2)
+		a.end.quick = together
+		for range 16 {
+			check(t, a.end.Post(new(buffer.Queue), filled(buffer.Batch/8)))
+		}
+		a.end.Wake()
+		x.Resume()
+		synctest.Wait()
+		if n := a.end.budget.Load(); n != buffer.Batch {
+			t.Errorf("the budget is %d", n)
+		}
+		a.leave()
+	})
+}
+
 func TestBudgetFollowsTheLane(t *testing.T) {
 	fill := func(t *testing.T, a *side) {
-		n := a.end.Budget()
-		b := buffer.ForPayload(n)
-		for n > 0 {
-			k := min(n, buffer.Bulk)
-			copy(b.Next(), AppendHeader(nil, 0x13, 1, k))
-			b.Commit(frameHeader + k)
-			n -= k
-		}
-		check(t, a.end.Send(new(buffer.Queue), b))
+		check(t, a.end.Send(new(buffer.Queue), filled(a.end.Budget())))
 	}
 	synctest.Test(t, func(t *testing.T) {
 		a, _, _, _ := open(t, memnet.Link{Rate: 1 << 20, Buffer: 16 << 10})
