@@ -189,26 +189,12 @@ const (
 	ghost, ssh, frp  = "ghostunnel", "ssh -L", "frp stcp"
 )
 
-var bars = []bar{
+var bars = slices.Concat(ahead(ghost), ahead(ssh), []bar{
 	{system: direct, figure: "rtt1 p50", of: yardstick, most: true, limit: 1.15},
 	{system: direct, figure: "up1", of: yardstick, limit: .65},
 	{system: direct, figure: "down1", of: yardstick, limit: .65},
 	{system: direct, figure: "up8", of: yardstick, limit: .60},
 	{system: direct, figure: "down8", of: yardstick, limit: .60},
-	{system: direct, figure: "rtt1 p50", of: ghost, most: true, limit: 1},
-	{system: direct, figure: "rtt16 p50", of: ghost, most: true, limit: 1},
-	{system: direct, figure: "up1", of: ghost, limit: 1},
-	{system: direct, figure: "down1", of: ghost, limit: 1},
-	{system: direct, figure: "up8", of: ghost, limit: 1},
-	{system: direct, figure: "down8", of: ghost, limit: 1},
-	{system: direct, figure: "conns", of: ghost, limit: 1},
-	{system: direct, figure: "rtt1 p50", of: ssh, most: true, limit: 1},
-	{system: direct, figure: "rtt16 p50", of: ssh, most: true, limit: 1},
-	{system: direct, figure: "up1", of: ssh, limit: 1},
-	{system: direct, figure: "down1", of: ssh, limit: 1},
-	{system: direct, figure: "up8", of: ssh, limit: 1},
-	{system: direct, figure: "down8", of: ssh, limit: 1},
-	{system: direct, figure: "conns", of: ssh, limit: 1},
 	{system: oneRelay, figure: "rtt1 p50", of: yardstick, most: true, limit: 1.5},
 	{system: oneRelay, figure: "up1", of: yardstick, limit: .48},
 	{system: oneRelay, figure: "down1", of: yardstick, limit: .48},
@@ -233,6 +219,19 @@ var bars = []bar{
 	// Nothing: a kibibyte for ten streams is what a collection finds a little more of.
 	{system: oneRelay, part: "relay", figure: "idle heap+stacks", most: true, limit: .1},
 	{system: oneRelay, figure: "S8", of: ghost, limit: .9},
+})
+
+// ahead are the bars of every column beside a peer.
+func ahead(of string) []bar {
+	return []bar{
+		{system: direct, figure: "rtt1 p50", of: of, most: true, limit: 1},
+		{system: direct, figure: "rtt16 p50", of: of, most: true, limit: 1},
+		{system: direct, figure: "up1", of: of, limit: 1},
+		{system: direct, figure: "down1", of: of, limit: 1},
+		{system: direct, figure: "up8", of: of, limit: 1},
+		{system: direct, figure: "down8", of: of, limit: 1},
+		{system: direct, figure: "conns", of: of, limit: 1},
+	}
 }
 
 // A verdict says whether a bar holds.
