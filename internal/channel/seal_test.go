@@ -90,13 +90,14 @@ func TestControlFramesWaitForOneBatchOfData(t *testing.T) {
 		if took := (<-sent).Sub(begin); took > 300*time.Millisecond { // a batch takes 234 ms
 			t.Errorf("a sender waits %v for its own two buffers", took)
 		}
-		for len(b.got.all()) < 2*(streams-1)+2 {
-			time.Sleep(time.Millisecond)
+		a.leave() // behind all that is queued
+		synctest.Wait()
+		if n := len(b.got.all()); n != 2*(streams-1)+2 {
+			t.Errorf("%d frames arrived", n)
 		}
 		if i := slices.IndexFunc(b.got.all(), func(f []byte) bool { return len(f) == 0 }); i < 1 || i > buffer.Batch/size {
 			t.Errorf("%d buffers went before a control frame", i)
 		}
-		a.leave()
 	})
 }
 
