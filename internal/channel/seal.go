@@ -34,8 +34,7 @@ const (
 	slowWrite = 4 * time.Millisecond
 
 	// together bounds what goes out in one write of several streams: the other end opens the
-	// first half of a batch while this one seals the second. With whole batches one core of
-	// two waited for the other a tenth of the time.
+	// first half of a batch while this one seals the second.
 	together = buffer.Batch / 2
 
 	// few is how many buffers may wait for those behind them to be of half a batch each. They
