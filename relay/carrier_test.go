@@ -53,15 +53,25 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 	<-over
 }
 
-// Each offer is good for a stream, which may come late: one that is not answered counts as one for a minute.
-func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
+// pipedSession is a carrier's session at the relay, and the other end of its pipe, which takes nothing
+// that is not read. Both are closed with the test.
+func pipedSession(t *testing.T) (*yamux.Session, net.Conn) {
+	t.Helper()
 	a, b := net.Pipe()
-	defer b.Close()
 	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer session.Close()
+	t.Cleanup(func() {
+		session.Close()
+		b.Close()
+	})
+	return session, b
+}
+
+// Each offer is good for a stream, which may come late: one that is not answered counts as one for a minute.
+func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
+	session, _ := pipedSession(t)
 	c := &carrier{server: new(Server), session: session}
 	offer := func() (n int) {
 		for c.reserve() == nil {
@@ -103,13 +113,7 @@ func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 // yamux holds its own lock while it waits to say something, for up to 15 s. The relay asks it for the number
 // of its streams, and nobody else may wait for that.
 func TestAStuckCarrierThatIsAskedForRoomHoldsNobodyElseUp(t *testing.T) {
-	a, b := net.Pipe() // whoever writes to it waits for a reader
-	defer b.Close()
-	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer session.Close()
+	session, b := pipedSession(t)
 	// Streams beyond its backlog, whose refusals nobody reads.
 	go func() {
 		for i := range uint32(4 * carrierLanes) {
@@ -160,13 +164,7 @@ func waits(t *testing.T, what, function string) {
 
 // Only so many outlets are asked for a lane, since each may take its time. One without room takes none.
 func TestOutletsWithoutRoomAreNotCountedAsAsked(t *testing.T) {
-	a, b := net.Pipe()
-	defer b.Close()
-	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer session.Close()
+	session, _ := pipedSession(t)
 	key := poolKey{name: AuthorityName}
 	s := &Server{Limits: Limits{LanesEach: 1}, pools: map[poolKey]*pool{key: {members: map[*registration]struct{}{}}}}
 	for range 3 * meetings {
