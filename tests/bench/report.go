@@ -221,7 +221,7 @@ var bars = slices.Concat(ahead(ghost), ahead(ssh), []bar{
 	{system: oneRelay, figure: "S8", of: ghost, limit: .9},
 })
 
-// ahead are the bars of every column beside a peer.
+// ahead are the bars beside a peer: no round trip longer, no bulk slower, no fewer connections.
 func ahead(of string) []bar {
 	return []bar{
 		{system: direct, figure: "rtt1 p50", of: of, most: true, limit: 1},
