@@ -39,6 +39,7 @@ type Conn struct {
 	window   int
 	smaller  int    // the window before it grew, until it has been used up once more; else 0
 	mark     uint64 // consumed, when the window was last looked at
+	near     bool   // the path was a short one then
 	markAt   time.Time
 	first    chunk // held bytes, oldest first
 	chunks   []chunk

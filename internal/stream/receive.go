@@ -18,15 +18,22 @@ const (
 	// One that takes longer than quickTrip round trips fills its line, and grows to what
 	// two of them carry; one that has grown beyond that goes back to it. More would only
 	// queue before other streams. On a machine's own loopback the round trip is shorter
-	// than the scheduler's turn, so it counts as at least leastRTT.
+	// than the scheduler's turn, so it counts as at least leastRTT, and as twice that
+	// where more than aFew streams take turns.
 	quickTrip  = 1.25
 	leastRTT   = time.Millisecond
+	aFew       = 4
 	fastWindow = 4 << 20
 	// pathFor is how long a measured round trip counts as the path's when later
 	// ones are longer: those contain the queue of a busy lane, and a window must
 	// not grow by what it has queued itself.
 	pathFor = 5 * time.Minute
-	// leastStep is the least credit worth a frame of its own.
+	// Credit is given when it has become a longStep of the window: early, since on a long
+	// line it is under way while the rest is used up. Where it arrives within leastRTT it is
+	// given by halves: each is a frame, a write and a wakened sender. One of less than
+	// leastStep bytes is not worth that anywhere.
+	longStep  = 8
+	nearStep  = 2
 	leastStep = 16 << 10
 )
 
@@ -177,7 +184,12 @@ func (c *Conn) consumedLocked(n int) {
 	}
 	if c.consumed-c.mark >= uint64(c.window) {
 		now := time.Now()
-		rtt := max(c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT)
+		rtt, least := c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT
+		c.near = rtt <= least
+		if c.mux.Streams() > aFew {
+			least *= 2
+		}
+		rtt = max(rtt, least)
 		trips := float64(now.Sub(c.markAt)) / float64(rtt)
 		carried := int(float64(c.consumed-c.mark) * 2 / max(trips, quickTrip)) // by two round trips of a full line
 		smaller := c.smaller
@@ -198,7 +210,11 @@ func (c *Conn) consumedLocked(n int) {
 		c.mark, c.markAt = c.consumed, now
 	}
 	grant := c.consumed + uint64(c.window)
-	if grant >= c.granted+uint64(max(c.window/8, leastStep)) {
+	step := longStep
+	if c.near {
+		step = nearStep
+	}
+	if grant >= c.granted+uint64(max(c.window/step, leastStep)) {
 		c.granted = grant
 		c.mux.over.Control(key(frameCredit, c.id), appendOffset(c.scratch[:0], frameCredit, c.id, grant))
 	}
