@@ -20,10 +20,17 @@ const (
 	// queue before other streams. On a machine's own loopback the round trip is shorter
 	// than the scheduler's turn, so it counts as at least leastRTT, and as twice that
 	// where more than aFew streams take turns.
-	quickTrip  = 1.25
-	leastRTT   = time.Millisecond
-	aFew       = 4
-	fastWindow = 4 << 20
+	//
+	// A window that is used up in less than a round trip came as one train, and the pace of
+	// its second half is the line's (Keshav's packet pair, of many packets). A stream that is
+	// alone grows by it at once, to what two round trips carry at that pace, at most eightfold;
+	// several that begin together would each take the line for its own. One of less than
+	// trainWindow is too few records to tell a pace by.
+	quickTrip   = 1.25
+	leastRTT    = time.Millisecond
+	aFew        = 4
+	fastWindow  = 4 << 20
+	trainWindow = 256 << 10
 	// pathFor is how long a measured round trip counts as the path's when later
 	// ones are longer: those contain the queue of a busy lane, and a window must
 	// not grow by what it has queued itself.
@@ -182,32 +189,11 @@ func (c *Conn) consumedLocked(n int) {
 	if c.markAt.IsZero() {
 		c.markAt = time.Now()
 	}
-	if c.consumed-c.mark >= uint64(c.window) {
-		now := time.Now()
-		rtt, least := c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT
-		c.near = rtt <= least
-		if c.mux.Streams() > aFew {
-			least *= 2
-		}
-		rtt = max(rtt, least)
-		trips := float64(now.Sub(c.markAt)) / float64(rtt)
-		carried := int(float64(c.consumed-c.mark) * 2 / max(trips, quickTrip)) // by two round trips of a full line
-		smaller := c.smaller
-		c.smaller = 0
-		switch {
-		case trips > 2 && smaller > 0:
-			c.window = min(c.window, max(carried, smaller))
-		case trips <= 2 && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow():
-			more := 2 * c.window
-			if c.window < fastWindow {
-				more = min(4*c.window, fastWindow)
-			}
-			if trips > quickTrip {
-				more = min(more, max(carried, c.window))
-			}
-			c.smaller, c.window = c.window, min(more, c.mux.limits.Window)
-		}
-		c.mark, c.markAt = c.consumed, now
+	switch used := c.consumed - c.mark; {
+	case used >= uint64(c.window):
+		c.resizeLocked(time.Now())
+	case used >= uint64(c.window/2) && c.half == 0:
+		c.half, c.halfAt = used, time.Since(c.markAt)
 	}
 	grant := c.consumed + uint64(c.window)
 	step := longStep
@@ -218,6 +204,39 @@ func (c *Conn) consumedLocked(n int) {
 		c.granted = grant
 		c.mux.over.Control(key(frameCredit, c.id), appendOffset(c.scratch[:0], frameCredit, c.id, grant))
 	}
+}
+
+// resizeLocked looks at how fast a window was used up, once it has been, and sets the next.
+func (c *Conn) resizeLocked(now time.Time) {
+	used, took := c.consumed-c.mark, now.Sub(c.markAt)
+	rtt, least := c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT
+	c.near = rtt <= least
+	if c.mux.Streams() > aFew {
+		least *= 2
+	}
+	rtt = max(rtt, least)
+	trips := float64(took) / float64(rtt)
+	carried := int(float64(used) * 2 / max(trips, quickTrip)) // by two round trips of a full line
+	smaller := c.smaller
+	c.smaller = 0
+	switch {
+	case trips > 2 && smaller > 0:
+		c.window = min(c.window, max(carried, smaller))
+	case trips <= 2 && c.window < c.mux.limits.Window && c.mux.limits.Budget.grow():
+		more := 2 * c.window
+		if c.window < fastWindow {
+			more = min(4*c.window, fastWindow)
+		}
+		if c.half > 0 && took > c.halfAt && c.window >= trainWindow && c.mux.Streams() == 1 && !c.near {
+			pace := float64(used-c.half) / float64(took-c.halfAt)
+			more = max(more, min(8*c.window, int(pace*2*float64(rtt))))
+		}
+		if trips > quickTrip {
+			more = min(more, max(carried, c.window))
+		}
+		c.smaller, c.window = c.window, min(more, c.mux.limits.Window)
+	}
+	c.mark, c.markAt, c.half = c.consumed, now, 0
 }
 
 // path keeps the shortest round trip.
