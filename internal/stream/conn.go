@@ -41,9 +41,8 @@ type Conn struct {
 	mark     uint64 // consumed, when the window was last looked at
 	near     bool   // the path was a short one then
 	markAt   time.Time
-	half     uint64        // consumed since mark, when it came to half a window; 0 before
-	halfAt   time.Duration // since markAt
-	first    chunk         // held bytes, oldest first
+	half     halfway
+	first    chunk // held bytes, oldest first
 	chunks   []chunk
 	held     atomic.Int64
 	scratch  [headerSize + 8]byte // where a credit frame is written

@@ -111,3 +111,72 @@ func TestWindowsOfManyStreamsOnAShortPathLastTwoTurns(t *testing.T) {
 		})
 	}
 }
+
+// A window of 256 KiB comes in two halves. What lies between them is the line's time for the
+// second only if the reader took the first before there was a second.
+func TestTheOnlyStreamTakesThePaceOfBytesThatItsReaderWaitedFor(t *testing.T) {
+	const rtt = 100 * time.Millisecond
+	for _, c := range []struct {
+		name   string
+		n      int // streams
+		rtt    time.Duration
+		first  int           // bytes that are there before any is read
+		second time.Duration // until the rest is read
+		want   int
+	}{
+		{"a fast line", 1, rtt, trainWindow / 2, time.Millisecond, 8 * trainWindow},
+		{"a slow line", 1, rtt, trainWindow / 2, 40 * time.Millisecond, trainWindow / 2 * 5},
+		{"a line that is full", 1, rtt, trainWindow / 2, rtt, trainWindow},
+		{"all of it held", 1, rtt, trainWindow, time.Millisecond, 4 * trainWindow},
+		{"no time between", 1, rtt, trainWindow / 2, 0, 4 * trainWindow},
+		{"a short path", 1, leastRTT, trainWindow / 2, time.Millisecond / 2, 4 * trainWindow},
+		{"one of two", 2, rtt, trainWindow / 2, time.Millisecond, 4 * trainWindow},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var node routing.Node
+				var conn *Conn
+				m := NewMux(&node, &far{&sink{control: make(map[uint64]bool)}, c.rtt, make(map[uint64]int)}, false, Limits{}, func(in *Incoming) {
+					if one := in.Accept(); conn == nil {
+						conn = one
+					}
+				})
+				for i := range c.n {
+					if err := m.Frame(frameOpen, uint32(1+2*i), openFrame(t, uint32(1+2*i))); err != nil {
+						t.Fatal(err)
+					}
+				}
+				b := make([]byte, 16<<10)
+				arrive := func(n int) {
+					for ; n > 0; n -= len(b) {
+						if err := m.Frame(frameData, 1, b); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				read := func(n int) {
+					for ; n > 0; n -= len(b) {
+						if _, err := io.ReadFull(conn, b); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				arrive(firstWindow)
+				read(firstWindow)
+				if conn.Window() != trainWindow {
+					t.Fatalf("the window is %d KiB", conn.Window()>>10)
+				}
+				arrive(c.first)
+				read(trainWindow / 2)
+				time.Sleep(c.second)
+				arrive(trainWindow - c.first)
+				read(trainWindow / 2)
+				if got := conn.Window(); got < c.want-1 || got > c.want {
+					t.Errorf("the window is %d KiB, want %d", got>>10, c.want>>10)
+				}
+				m.Fail(errEnding)
+				node.Close()
+			})
+		})
+	}
+}

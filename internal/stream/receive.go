@@ -21,11 +21,11 @@ const (
 	// than the scheduler's turn, so it counts as at least leastRTT, and as twice that
 	// where more than aFew streams take turns.
 	//
-	// A window that is used up in less than a round trip came as one train, and the pace of
-	// its second half is the line's (Keshav's packet pair, of many packets). A stream that is
-	// alone grows by it at once, to what two round trips carry at that pace, at most eightfold;
-	// several that begin together would each take the line for its own. One of less than
-	// trainWindow is too few records to tell a pace by.
+	// Most of a window that has grown comes as one train, whose second half has the line's
+	// pace (Keshav's packet pair, of many packets), if its reader waited for it. The
+	// only stream of a channel, idle ones counted, grows to what two round trips carry at that
+	// pace, at most eightfold; several that begin together would each take the line for its
+	// own. One of less than trainWindow is too few records to tell a pace by.
 	quickTrip   = 1.25
 	leastRTT    = time.Millisecond
 	aFew        = 4
@@ -43,6 +43,13 @@ const (
 	nearStep  = 2
 	leastStep = 16 << 10
 )
+
+// halfway is how much of a window was used up, and how long that took, when it was half of it
+// and nothing waited for its reader; zero before.
+type halfway struct {
+	used uint64
+	took time.Duration
+}
 
 // chunk is held bytes: buf.Raw()[r:w]. What it costs is the whole buffer.
 type chunk struct {
@@ -192,8 +199,8 @@ func (c *Conn) consumedLocked(n int) {
 	switch used := c.consumed - c.mark; {
 	case used >= uint64(c.window):
 		c.resizeLocked(time.Now())
-	case used >= uint64(c.window/2) && c.half == 0:
-		c.half, c.halfAt = used, time.Since(c.markAt)
+	case used >= uint64(c.window/2) && c.half.used == 0 && c.received == c.consumed:
+		c.half.used, c.half.took = used, time.Since(c.markAt)
 	}
 	grant := c.consumed + uint64(c.window)
 	step := longStep
@@ -209,16 +216,17 @@ func (c *Conn) consumedLocked(n int) {
 // resizeLocked looks at how fast a window was used up, once it has been, and sets the next.
 func (c *Conn) resizeLocked(now time.Time) {
 	used, took := c.consumed-c.mark, now.Sub(c.markAt)
-	rtt, least := c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT
+	half, smaller := c.half, c.smaller
+	c.mark, c.markAt, c.half, c.smaller = c.consumed, now, halfway{}, 0
+
+	rtt, least, streams := c.mux.path.rtt(c.mux.over.RTT(), now), leastRTT, c.mux.Streams()
 	c.near = rtt <= least
-	if c.mux.Streams() > aFew {
+	if streams > aFew {
 		least *= 2
 	}
 	rtt = max(rtt, least)
 	trips := float64(took) / float64(rtt)
 	carried := int(float64(used) * 2 / max(trips, quickTrip)) // by two round trips of a full line
-	smaller := c.smaller
-	c.smaller = 0
 	switch {
 	case trips > 2 && smaller > 0:
 		c.window = min(c.window, max(carried, smaller))
@@ -227,16 +235,17 @@ func (c *Conn) resizeLocked(now time.Time) {
 		if c.window < fastWindow {
 			more = min(4*c.window, fastWindow)
 		}
-		if c.half > 0 && took > c.halfAt && c.window >= trainWindow && c.mux.Streams() == 1 && !c.near {
-			pace := float64(used-c.half) / float64(took-c.halfAt)
-			more = max(more, min(8*c.window, int(pace*2*float64(rtt))))
+		second := used - half.used
+		switch {
+		case streams == 1 && !c.near && c.window >= trainWindow &&
+			half.used > 0 && second >= uint64(c.window/4) && took > half.took:
+			pace := float64(second) / float64(took-half.took)
+			more = int(min(8*float64(c.window), pace*2*float64(rtt)))
+		case trips > quickTrip:
+			more = min(more, carried)
 		}
-		if trips > quickTrip {
-			more = min(more, max(carried, c.window))
-		}
-		c.smaller, c.window = c.window, min(more, c.mux.limits.Window)
+		c.smaller, c.window = c.window, min(max(more, c.window), c.mux.limits.Window)
 	}
-	c.mark, c.markAt, c.half = c.consumed, now, 0
 }
 
 // path keeps the shortest round trip.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -171,7 +172,9 @@ func TestTheOnlyStreamGrowsToWhatItsLineCarries(t *testing.T) {
 	}{
 		{100 * time.Millisecond, gigabit / 2},
 		{100 * time.Millisecond, gigabit / 5},
+		{100 * time.Millisecond, gigabit / 8},
 		{100 * time.Millisecond, gigabit / 20},
+		{70 * time.Millisecond, gigabit / 5},
 		{30 * time.Millisecond, gigabit},
 		{30 * time.Millisecond, gigabit / 10},
 		{20 * time.Millisecond, gigabit / 10},
@@ -188,10 +191,13 @@ func TestTheOnlyStreamGrowsToWhatItsLineCarries(t *testing.T) {
 					var all sync.WaitGroup
 					all.Go(func() { pour(from) })
 					carried := int(2 * c.rtt.Seconds() * float64(c.rate))
-					window := w.largest(to, int64(20*carried))
-					t.Logf("the window was %d KiB at most; two round trips carry %d", window>>10, carried>>10)
+					window := w.largest(to, int64(8*carried))
+					t.Logf("the window was %d KiB at most, %d at the end; two round trips carry %d", window>>10, to.Window()>>10, carried>>10)
 					if most := max(carried+carried/10, 256<<10); window > most {
 						t.Errorf("the window was %d KiB, more than %d", window>>10, most>>10)
+					}
+					if least := carried * 8 / 10; to.Window() < least {
+						t.Errorf("the window is %d KiB at the end, less than %d", to.Window()>>10, least>>10)
 					}
 					to.Reset(stream.CodeLocal, "")
 					all.Wait()
@@ -206,13 +212,14 @@ func TestTheOnlyStreamGrowsToWhatItsLineCarries(t *testing.T) {
 func TestOneOfTwoTakesTheLineForItsOwnOnlyFourfold(t *testing.T) {
 	virtual(t, memnet.Link{Latency: 50 * time.Millisecond, Rate: gigabit, Buffer: 64 << 20}, stream.Limits{}, func(w *world) {
 		var all sync.WaitGroup
+		var done atomic.Bool // one is, and the other alone
 		for range 2 {
 			c, d := w.open()
 			all.Go(func() { pour(d) })
 			all.Go(func() {
 				b := make([]byte, 64<<10)
 				window := c.Window()
-				for got := 0; got < 64<<20; {
+				for got := 0; got < 64<<20 && !done.Load(); {
 					n, err := c.Read(b)
 					if err != nil {
 						t.Error(err)
@@ -224,6 +231,10 @@ func TestOneOfTwoTakesTheLineForItsOwnOnlyFourfold(t *testing.T) {
 					}
 					window = c.Window()
 				}
+				if window < 8<<20 {
+					t.Errorf("the window is %d KiB", window>>10)
+				}
+				done.Store(true)
 				c.Reset(stream.CodeLocal, "")
 			})
 		}
