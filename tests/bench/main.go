@@ -272,6 +272,11 @@ func together(ctx context.Context, p *plan, s *setting, b *binaries, r *report) 
 	}
 	for round := range p.rounds {
 		fmt.Fprintf(os.Stderr, "bench: %s, round %d of %d\n", s.name, round+1, p.rounds)
+		rate, err := sealRate()
+		if err != nil {
+			return err
+		}
+		r.Sealing = append(r.Sealing, rate)
 		for _, l := range s.loads {
 			if !slices.Contains(p.loads, l.name) {
 				continue

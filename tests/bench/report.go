@@ -59,6 +59,7 @@ type report struct {
 	Command string            `json:"command"`
 	Rounds  int               `json:"rounds"`
 	Seconds float64           `json:"seconds"`           // a load; half of it a turn
+	Sealing []float64         `json:"sealing,omitempty"` // sealRate before each round, MB/s
 	Skipped map[string]string `json:"skipped,omitempty"` // setting to reason
 	Figures []figure          `json:"figures"`
 	Systems []*measured       `json:"systems"`
@@ -328,6 +329,9 @@ func (r *report) loadOf(name string) string {
 
 func (r *report) print(w io.Writer) {
 	fmt.Fprintf(w, "%s, %d cores, %s, %s; medians of %d rounds, %g s a load; load average before %s\n", r.CPU, r.Cores, r.System, r.Go, r.Rounds, r.Seconds, r.Load)
+	if line := cipherLine(r.Sealing); line != "" {
+		fmt.Fprintln(w, line)
+	}
 	for _, f := range r.Figures {
 		if f.Turns > 1 {
 			fmt.Fprintf(w, "%s: %d turns of %g s a round\n", f.Name, f.Turns, r.Seconds/2)

@@ -35,6 +35,7 @@ func aReport() *report {
 	for i, kib := range []float64{8.5, 0.05} {
 		r.named(oneRelay).note(note{[]string{"inlet", "relay"}[i], "idle heap+stacks", kib})
 	}
+	r.Sealing = []float64{2400, 5000, 2100}
 	r.finish()
 	return r
 }
@@ -51,6 +52,7 @@ func TestRatiosAreOfMediansToTheYardstick(t *testing.T) {
 	var out strings.Builder
 	r.print(&out)
 	for _, want := range []string{
+		"AES-256-GCM on one core before each round: median 2400 MB/s, 2100 to 5000",
 		"missing: ghostunnel is not installed",
 		"portal, direct breaks at down1: 2 × sent 5 bytes,; the server got 4",
 		"frp stcp breaks at up1: the count after half-close",
