@@ -24,39 +24,70 @@ func (f *far) Control(key uint64, frame []byte) error {
 	return f.sink.Control(key, frame)
 }
 
-// drain has n accepted streams over a path of the given round trip, the first of which takes
+// receiver is the first of n accepted streams over a path of the given round trip.
+type receiver struct {
+	t    *testing.T
+	over *far
+	node routing.Node
+	mux  *Mux
+	conn *Conn
+}
+
+// receiving calls use with a receiver, in virtual time, and ends it.
+func receiving(t *testing.T, rtt time.Duration, n int, use func(*receiver)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{t: t, over: &far{&sink{control: make(map[uint64]bool)}, rtt, make(map[uint64]int)}}
+		r.mux = NewMux(&r.node, r.over, false, Limits{}, func(in *Incoming) {
+			if one := in.Accept(); r.conn == nil {
+				r.conn = one
+			}
+		})
+		for i := range n {
+			if err := r.mux.Frame(frameOpen, uint32(1+2*i), openFrame(t, uint32(1+2*i))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		use(r)
+		r.mux.Fail(errEnding)
+		r.node.Close()
+	})
+}
+
+const piece = 1 << 10
+
+// arrive brings n bytes, whole pieces.
+func (r *receiver) arrive(n int) {
+	b := make([]byte, piece)
+	for ; n > 0; n -= piece {
+		if err := r.mux.Frame(frameData, 1, b); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+}
+
+// read takes n bytes, whole pieces, and lets each take its time.
+func (r *receiver) read(n int, each time.Duration) {
+	b := make([]byte, piece)
+	for ; n > 0; n -= piece {
+		if _, err := io.ReadFull(r.conn, b); err != nil {
+			r.t.Fatal(err)
+		}
+		time.Sleep(each)
+	}
+}
+
+// drain has n streams over a path of the given round trip, the first of which takes
 // the given number of first windows, each in the given time. It gives that one's window at the
 // end and how many credits it has given.
 func drain(t *testing.T, rtt time.Duration, n, windows int, each time.Duration) (window, credits int) {
 	t.Helper()
-	const piece = 1 << 10
-	synctest.Test(t, func(t *testing.T) {
-		over := &far{&sink{control: make(map[uint64]bool)}, rtt, make(map[uint64]int)}
-		var node routing.Node
-		var c *Conn
-		m := NewMux(&node, over, false, Limits{}, func(in *Incoming) {
-			if one := in.Accept(); c == nil {
-				c = one
-			}
-		})
-		for i := range n {
-			if err := m.Frame(frameOpen, uint32(1+2*i), openFrame(t, uint32(1+2*i))); err != nil {
-				t.Fatal(err)
-			}
-		}
-		b := make([]byte, piece)
+	receiving(t, rtt, n, func(r *receiver) {
 		for range windows * firstWindow / piece {
-			if err := m.Frame(frameData, 1, b); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := io.ReadFull(c, b); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(each * piece / firstWindow)
+			r.arrive(piece)
+			r.read(piece, each*piece/firstWindow)
 		}
-		window, credits = c.Window(), over.credits[key(frameCredit, 1)]
-		m.Fail(errEnding)
-		node.Close()
+		window, credits = r.conn.Window(), r.over.credits[key(frameCredit, 1)]
 	})
 	return window, credits
 }
@@ -112,70 +143,45 @@ func TestWindowsOfManyStreamsOnAShortPathLastTwoTurns(t *testing.T) {
 	}
 }
 
-// A window of 256 KiB comes in two halves. What lies between them is the line's time for the
+// A window of 256 KiB comes in two parts. What lies between them is the line's time for the
 // second only if the reader took the first before there was a second.
 func TestTheOnlyStreamTakesThePaceOfBytesThatItsReaderWaitedFor(t *testing.T) {
-	const rtt = 100 * time.Millisecond
+	const rtt, half = 100 * time.Millisecond, trainWindow / 2
 	for _, c := range []struct {
-		name   string
-		n      int // streams
-		rtt    time.Duration
-		first  int           // bytes that are there before any is read
-		second time.Duration // until the rest is read
-		want   int
+		name        string
+		n           int // streams
+		rtt         time.Duration
+		there, read int           // bytes of the first part, and how many of them are read before the second
+		idle, line  time.Duration // before the first, and between
+		want        int
 	}{
-		{"a fast line", 1, rtt, trainWindow / 2, time.Millisecond, 8 * trainWindow},
-		{"a slow line", 1, rtt, trainWindow / 2, 40 * time.Millisecond, trainWindow / 2 * 5},
-		{"a line that is full", 1, rtt, trainWindow / 2, rtt, trainWindow},
-		{"all of it held", 1, rtt, trainWindow, time.Millisecond, 4 * trainWindow},
-		{"no time between", 1, rtt, trainWindow / 2, 0, 4 * trainWindow},
-		{"a short path", 1, leastRTT, trainWindow / 2, time.Millisecond / 2, 4 * trainWindow},
-		{"one of two", 2, rtt, trainWindow / 2, time.Millisecond, 4 * trainWindow},
+		{"a fast line", 1, rtt, half, half, 0, time.Millisecond, 8 * trainWindow},
+		{"a slow line", 1, rtt, half, half, 0, 40 * time.Millisecond, half * 5},
+		{"a slow line behind an idle round trip", 1, rtt, half, half, 130 * time.Millisecond, 40 * time.Millisecond, half * 5},
+		{"a line that is full", 1, rtt, half, half, 0, rtt, trainWindow},
+		{"all of it held", 1, rtt, trainWindow, half, 0, time.Millisecond, 4 * trainWindow},
+		{"too little behind it", 1, rtt, trainWindow * 15 / 16, trainWindow * 15 / 16, 0, time.Millisecond / 4, 4 * trainWindow},
+		{"no time between", 1, rtt, half, half, 0, 0, 4 * trainWindow},
+		{"a short path", 1, leastRTT, half, half, 0, time.Millisecond / 2, 4 * trainWindow},
+		{"one of two", 2, rtt, half, half, 0, time.Millisecond, 4 * trainWindow},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var node routing.Node
-				var conn *Conn
-				m := NewMux(&node, &far{&sink{control: make(map[uint64]bool)}, c.rtt, make(map[uint64]int)}, false, Limits{}, func(in *Incoming) {
-					if one := in.Accept(); conn == nil {
-						conn = one
-					}
-				})
-				for i := range c.n {
-					if err := m.Frame(frameOpen, uint32(1+2*i), openFrame(t, uint32(1+2*i))); err != nil {
-						t.Fatal(err)
-					}
+			receiving(t, c.rtt, c.n, func(r *receiver) {
+				pass := func(d time.Duration) { <-time.After(d) }
+				r.arrive(firstWindow)
+				r.read(firstWindow, 0)
+				if got := r.conn.Window(); got != trainWindow {
+					t.Fatalf("the window is %d KiB", got>>10)
 				}
-				b := make([]byte, 16<<10)
-				arrive := func(n int) {
-					for ; n > 0; n -= len(b) {
-						if err := m.Frame(frameData, 1, b); err != nil {
-							t.Fatal(err)
-						}
-					}
-				}
-				read := func(n int) {
-					for ; n > 0; n -= len(b) {
-						if _, err := io.ReadFull(conn, b); err != nil {
-							t.Fatal(err)
-						}
-					}
-				}
-				arrive(firstWindow)
-				read(firstWindow)
-				if conn.Window() != trainWindow {
-					t.Fatalf("the window is %d KiB", conn.Window()>>10)
-				}
-				arrive(c.first)
-				read(trainWindow / 2)
-				time.Sleep(c.second)
-				arrive(trainWindow - c.first)
-				read(trainWindow / 2)
-				if got := conn.Window(); got < c.want-1 || got > c.want {
+				pass(c.idle)
+				r.arrive(c.there)
+				r.read(c.read, 0)
+				pass(c.line)
+				r.arrive(trainWindow - c.there)
+				r.read(trainWindow-c.read, 0)
+				if got := r.conn.Window(); got < c.want-1 || got > c.want {
 					t.Errorf("the window is %d KiB, want %d", got>>10, c.want>>10)
 				}
-				m.Fail(errEnding)
-				node.Close()
 			})
 		})
 	}

@@ -22,8 +22,8 @@ const (
 	// where more than aFew streams take turns.
 	//
 	// Most of a window that has grown comes as one train, whose second half has the line's
-	// pace (Keshav's packet pair, of many packets), if its reader waited for it. The
-	// only stream of a channel, idle ones counted, grows to what two round trips carry at that
+	// pace (Keshav's packet pair, of many packets), if its reader waited for it. The only
+	// stream of a channel, idle ones counted, grows to what two round trips carry at that
 	// pace, at most eightfold; several that begin together would each take the line for its
 	// own. One of less than trainWindow is too few records to tell a pace by.
 	quickTrip   = 1.25
