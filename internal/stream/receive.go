@@ -25,7 +25,9 @@ const (
 	// pace (Keshav's packet pair, of many packets), if its reader waited for it. The only
 	// stream of a channel, idle ones counted, grows to what two round trips carry at that
 	// pace, at most eightfold; several that begin together would each take the line for its
-	// own. One of less than trainWindow is too few records to tell a pace by.
+	// own. Where the wait for credit falls into the second half, that is slower than the line:
+	// what the whole window tells is the least. A window of less than trainWindow is too few
+	// records to tell a pace by.
 	quickTrip   = 1.25
 	leastRTT    = time.Millisecond
 	aFew        = 4
@@ -240,7 +242,7 @@ func (c *Conn) resizeLocked(now time.Time) {
 		case streams == 1 && !c.near && c.window >= trainWindow &&
 			half.used > 0 && second >= uint64(c.window/4) && took > half.took:
 			pace := float64(second) / float64(took-half.took)
-			more = int(min(8*float64(c.window), pace*2*float64(rtt)))
+			more = max(carried, int(min(8*float64(c.window), pace*2*float64(rtt))))
 		case trips > quickTrip:
 			more = min(more, carried)
 		}

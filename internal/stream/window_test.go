@@ -147,6 +147,41 @@ func TestLineFillsQuickly(t *testing.T) {
 	})
 }
 
+// TestBulkBehindLittleFillsItsLineQuickly: what a kept stream had before decides where in a window its bulk
+// begins, and with it where the wait for credit falls.
+func TestBulkBehindLittleFillsItsLineQuickly(t *testing.T) {
+	const rtt, bulk = 100 * time.Millisecond, 32 << 20
+	for _, c := range []struct{ first, second int }{
+		{320 << 10, 0}, {320 << 10, 10 << 10}, {320 << 10, 200 << 10}, {64 << 10, 10 << 10}, {64 << 10, 160 << 10},
+	} {
+		t.Run(fmt.Sprintf("%d and %d KiB", c.first>>10, c.second>>10), func(t *testing.T) {
+			virtual(t, memnet.Link{Latency: rtt / 2, Rate: gigabit, Buffer: 32 << 20}, stream.Limits{}, func(w *world) {
+				from, to := w.open()
+				took := make(chan time.Duration)
+				for _, n := range []int{c.first, c.second, bulk} {
+					go func() {
+						start := time.Now()
+						io.CopyN(io.Discard, to, int64(n))
+						took <- time.Since(start)
+					}()
+					from.Write(make([]byte, n))
+					last := <-took
+					if n == bulk {
+						// At the full rate the bytes themselves take 0.27 s.
+						t.Logf("%d MiB took %v; the window is %d KiB", n>>20, last, to.Window()>>10)
+						if last > 810*time.Millisecond {
+							t.Errorf("%d MiB took %v", n>>20, last)
+						}
+						break
+					}
+					<-time.After(10 * rtt)
+				}
+				to.Reset(stream.CodeLocal, "")
+			})
+		})
+	}
+}
+
 // largest reads n bytes of what pours in, and gives the largest window on the way.
 func (w *world) largest(c *stream.Conn, n int64) (window int) {
 	b := make([]byte, 64<<10)
