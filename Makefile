@@ -1,6 +1,6 @@
 # make test    everything a change must pass; installs what tests need (Debian) and says so
 # make long    the same tests in their long forms and a minute for each fuzz target, some two hours; prints the figures
-# make bench   side by side, ten minutes: nothing, plain forwarders, the peers that are installed, portal
+# make bench   side by side, a quarter of an hour: nothing, plain forwarders, the peers that are installed, portal
 # make build   bin/portal, static
 
 GO       ?= go
@@ -28,7 +28,8 @@ long: needs check
 
 bench:
 	.ci/needs bench
-	$(GO) run ./tests/bench -o bench.json -svg bench.svg
+	$(GO) build -o bin/bench ./tests/bench
+	exec bin/bench -o bench.json -svg bench.svg
 
 needs:
 	.ci/needs test

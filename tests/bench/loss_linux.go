@@ -99,7 +99,7 @@ func lossyCommand(args []string) error {
 		return err
 	}
 	raiseDescriptors()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := untilStopped()
 	defer stop()
 	b := builtIn(args[0])
 	s := settings[slices.IndexFunc(settings, func(s *setting) bool { return s.lossy })]

@@ -1,6 +1,6 @@
 // Command bench measures portal side by side with what it is compared to, in one run: nothing in
-// between, plain forwarders, ssh -L, socat, stunnel, spiped, ghostunnel, chisel, frp and rathole,
-// each where it is installed, and portal with its inlet dialling its outlet directly, through
+// between, plain forwarders, ssh -L, socat, stunnel, spiped, ghostunnel, chisel, frp, rathole
+// and Ockam, each where it is installed, and portal with its inlet dialling its outlet directly, through
 // one relay and through two.
 //
 //	go run ./tests/bench [-rounds 3] [-d 200ms] [-systems NAME,…|all] [-loads NAME,…|all] [-streams 10000] [-o FILE] [-svg FILE]
@@ -41,8 +41,9 @@
 // tells its heap, stacks and goroutines after a collection when it gets SIGUSR1, and begins and ends
 // a CPU profile with SIGUSR2. All else runs the command as it is shipped.
 //
-// Without -systems and -loads it takes those that fit into ten minutes with all peers installed. It
-// exits 1 when a load failed on anything but a peer. A peer that is not installed is named, with how
+// Without -systems and -loads it takes those that fit into a quarter of an hour with all peers
+// installed. It exits 1 when a load failed on anything but a peer, or when it could not go on: what was
+// measured until then is reported all the same. A peer that is not installed is named, with how
 // to install it.
 package main
 
@@ -92,7 +93,7 @@ func main() {
 	// A system's processes have two descriptors a stream; they inherit the limit, also those that
 	// do not raise it themselves.
 	raiseDescriptors()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := untilStopped()
 	defer stop()
 	switch {
 	case *profile != "":
@@ -109,6 +110,16 @@ func main() {
 		}
 		fatal(err)
 	}
+}
+
+// untilStopped is for as long as nobody stops the program. A hang-up does so too, unless it was started to
+// outlive one.
+func untilStopped() (context.Context, context.CancelFunc) {
+	by := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) {
+		by = append(by, syscall.SIGHUP)
+	}
+	return signal.NotifyContext(context.Background(), by...)
 }
 
 func fatal(err error) {
@@ -193,7 +204,8 @@ func measure(ctx context.Context, p *plan) (*report, error) {
 			fmt.Fprintf(os.Stderr, "bench: %s: skipped: %v\n", s.name, err)
 			r.Skipped[s.name] = err.Error()
 		case err != nil:
-			return nil, fmt.Errorf("%s: %w", s.name, err)
+			r.finish()
+			return r, fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
 	r.finish()

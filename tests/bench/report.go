@@ -64,6 +64,8 @@ type report struct {
 	Figures []figure          `json:"figures"`
 	Systems []*measured       `json:"systems"`
 	Bars    []verdict         `json:"bars"`
+	// Unjudged are figures that a bar is of and nothing in this run measured.
+	Unjudged []string `json:"unjudged,omitempty"`
 }
 
 func newReport(p *plan) *report {
@@ -253,9 +255,14 @@ func (v verdict) String() string {
 	return fmt.Sprintf("MISSED  %s: %.3g", v.Bar, v.Value)
 }
 
-// judge says of each bar that this run can say something of whether it holds.
+// judge says of each bar that this run can say something of whether it holds, and which others there are.
 func (r *report) judge() {
-	r.Bars = nil
+	r.Bars, r.Unjudged = nil, nil
+	unjudged := func(figure string) {
+		if !slices.Contains(r.Unjudged, figure) {
+			r.Unjudged = append(r.Unjudged, figure)
+		}
+	}
 	for _, b := range bars {
 		m := r.named(b.system)
 		if m == nil {
@@ -290,6 +297,7 @@ func (r *report) judge() {
 			switch {
 			case !has && !ok:
 				if !r.measures(b.figure) {
+					unjudged(b.figure)
 					continue
 				}
 				v.Open = "neither gave it"
@@ -301,7 +309,8 @@ func (r *report) judge() {
 		}
 		if !ok && v.Open == "" {
 			if m.Failed[r.loadOf(b.figure)] == "" {
-				continue // not measured
+				unjudged(b.figure)
+				continue
 			}
 			v.Open = b.system + " failed"
 		}
@@ -332,9 +341,19 @@ func (r *report) print(w io.Writer) {
 	if line := cipherLine(r.Sealing); line != "" {
 		fmt.Fprintln(w, line)
 	}
+	said := ""
 	for _, f := range r.Figures {
-		if f.Turns > 1 {
-			fmt.Fprintf(w, "%s: %d turns of %g s a round\n", f.Name, f.Turns, r.Seconds/2)
+		if f.Load == said {
+			continue
+		}
+		said = f.Load
+		switch {
+		case f.Turns > 1:
+			fmt.Fprintf(w, "%s: %d turns of %g s a round\n", f.Load, f.Turns, r.Seconds/2)
+		case f.Least > r.Seconds:
+			fmt.Fprintf(w, "%s: %g s\n", f.Load, f.Least)
+		case f.Once:
+			fmt.Fprintf(w, "%s: once, with one system running at a time\n", f.Load)
 		}
 	}
 	fmt.Fprintln(w)
@@ -359,6 +378,9 @@ func (r *report) print(w io.Writer) {
 	}
 	for _, v := range r.Bars {
 		fmt.Fprintln(w, v)
+	}
+	if len(r.Unjudged) > 0 {
+		fmt.Fprintf(w, "\nbars of what this run did not measure: %s\n", strings.Join(r.Unjudged, ", "))
 	}
 }
 
@@ -463,7 +485,7 @@ func number(v float64) string {
 // processes prints what is known of each process of a system.
 func (r *report) processes(w io.Writer) {
 	var figures []string
-	for _, name := range []string{"up1 CPU", "down1 CPU", "idle memory", "idle threads", "idle heap+stacks", "idle goroutines"} {
+	for _, name := range []string{"up1 CPU", "up8 CPU", "down1 CPU", "down8 CPU", "idle memory", "idle threads", "idle heap+stacks", "idle goroutines"} {
 		if slices.ContainsFunc(r.Systems, func(m *measured) bool {
 			return slices.ContainsFunc(m.Order, func(p string) bool { return len(m.Processes[p][name]) > 0 })
 		}) {
@@ -473,7 +495,7 @@ func (r *report) processes(w io.Writer) {
 	if len(figures) == 0 {
 		return
 	}
-	units := map[string]string{"up1 CPU": "s/GB", "down1 CPU": "s/GB", "idle memory": "KiB/stream", "idle threads": "more",
+	units := map[string]string{"up1 CPU": "s/GB", "up8 CPU": "s/GB", "down1 CPU": "s/GB", "down8 CPU": "s/GB", "idle memory": "KiB/stream", "idle threads": "more",
 		"idle heap+stacks": "KiB/stream", "idle goroutines": "/stream"}
 	fmt.Fprint(w, "\neach process\n\n")
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -537,6 +559,7 @@ func readReport(file string) (*report, error) {
 
 // take adds what another process measured of the same systems.
 func (r *report) take(other *report) {
+	r.Sealing = append(r.Sealing, other.Sealing...)
 	for _, theirs := range other.Systems {
 		ours := r.named(theirs.Name)
 		if ours == nil {

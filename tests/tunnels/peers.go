@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
@@ -376,6 +377,32 @@ func startRathole(ctx context.Context, d *Deployment) (string, error) {
 	}
 	_, err = d.Run(d.Far, "client", "rathole", client)
 	return listen, err
+}
+
+// startOckam has a node at either end, without a project: no account is asked for. It follows Ockam's
+// documentation, of version 0.150; nobody has run it here yet.
+func startOckam(ctx context.Context, d *Deployment) (string, error) {
+	node := func(at *Host, name, addr, sections string) error {
+		home := "OCKAM_HOME=" + filepath.Join(d.Dir, name)
+		return d.Listens(ctx, addr, at, name, "env", home, "OCKAM_DISABLE_UPGRADE_CHECK=true", "NO_INPUT=true",
+			"ockam", "node", "create", "--foreground", "--configuration", fmt.Sprintf("{name: %s, %s}", name, sections))
+	}
+	far, err := d.Far.Addr()
+	if err != nil {
+		return "", err
+	}
+	if err := node(d.Far, "outlet", far, fmt.Sprintf("tcp-listener-address: '%s', tcp-outlet: {bench: {from: outlet, to: '%s'}}", far, d.Target)); err != nil {
+		return "", err
+	}
+	if far, err = d.Link(ctx, far); err != nil {
+		return "", err
+	}
+	listen, err := d.accepts(d.Near)
+	if err != nil {
+		return "", err
+	}
+	ip, port, _ := net.SplitHostPort(far)
+	return listen, node(d.Near, "inlet", listen, fmt.Sprintf("tcp-inlet: {bench: {from: '%s', to: '/ip4/%s/tcp/%s/secure/api/service/outlet'}}", listen, ip, port))
 }
 
 // certificates makes an authority and what it signs for a server and a client: a file each.
