@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"runtime/metrics"
 	"runtime/pprof"
 	"syscall"
 )
@@ -16,14 +17,16 @@ import (
 //
 //	SIGUSR1   collect garbage, then print `measure: N heap=BYTES stacks=BYTES goroutines=COUNT`
 //	SIGUSR2   begin a CPU profile and print `measure: N profiling`; the next one ends it and prints
-//	          `measure: N profile FILE`, a file in MEASURE_DIR, or in the working directory
+//	          `measure: N profile allocations=COUNT bytes=BYTES waited=SECONDS in FILE`: what was allocated
+//	          meanwhile, how long goroutines waited for mutexes, all together, and the profile, a
+//	          file in MEASURE_DIR or in the working directory
 //
 // N counts the answers of a process from 1, so that whoever asks can tell a new one from an old.
 func init() {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2)
 	go func() { // to the end of the process
-		var profile *os.File
+		var profile *profiling
 		for n := 1; ; n++ {
 			answer := ""
 			if sig := <-signals; sig == syscall.SIGUSR1 {
@@ -44,14 +47,36 @@ func holdings() string {
 	return fmt.Sprintf("heap=%d stacks=%d goroutines=%d", m.HeapInuse, m.StackInuse, runtime.NumGoroutine())
 }
 
+// profiling is a profile under way, and what the process had spent when it began.
+type profiling struct {
+	*os.File
+	at spent
+}
+
+// spent is what a process has allocated, and how long its goroutines have waited for mutexes.
+type spent struct {
+	allocations, bytes uint64
+	waited             float64 // seconds
+}
+
+func spentSoFar() spent {
+	waited := []metrics.Sample{{Name: "/sync/mutex/wait/total:seconds"}}
+	metrics.Read(waited)
+	var m runtime.MemStats // counts what is in the threads' caches, which metrics do not
+	runtime.ReadMemStats(&m)
+	return spent{m.Mallocs, m.TotalAlloc, waited[0].Value.Float64()}
+}
+
 // toggle ends the profile under way, or begins one.
-func toggle(profile *os.File, n int) (*os.File, string) {
-	if profile != nil {
+func toggle(p *profiling, n int) (*profiling, string) {
+	if p != nil {
+		now := spentSoFar()
 		pprof.StopCPUProfile()
-		if err := profile.Close(); err != nil {
+		if err := p.Close(); err != nil {
 			return nil, "failed: " + err.Error()
 		}
-		return nil, "profile " + profile.Name()
+		return nil, fmt.Sprintf("profile allocations=%d bytes=%d waited=%g in %s",
+			now.allocations-p.at.allocations, now.bytes-p.at.bytes, now.waited-p.at.waited, p.Name())
 	}
 	f, err := os.Create(filepath.Join(os.Getenv("MEASURE_DIR"), fmt.Sprintf("portal-%d-%d.pprof", os.Getpid(), n)))
 	if err == nil {
@@ -60,5 +85,5 @@ func toggle(profile *os.File, n int) (*os.File, string) {
 	if err != nil {
 		return nil, "failed: " + err.Error()
 	}
-	return f, "profiling"
+	return &profiling{f, spentSoFar()}, "profiling"
 }

@@ -159,24 +159,32 @@ func holdingsOf(ctx context.Context, p *tunnels.Part) (h holdings, err error) {
 	return h, nil
 }
 
-// takeProfile begins a CPU profile, or with a file ends it there.
-func takeProfile(ctx context.Context, p *tunnels.Part, file string) error {
+// beginProfile begins a CPU profile.
+func beginProfile(ctx context.Context, p *tunnels.Part) error {
+	answer, err := ask(ctx, p, syscall.SIGUSR2)
+	if err == nil && answer != "profiling" {
+		err = fmt.Errorf("profiling %s: %s", p.Name, answer)
+	}
+	return err
+}
+
+// endProfile writes the profile to file, and says what else the process has spent meanwhile.
+func endProfile(ctx context.Context, p *tunnels.Part, file string) (spent string, err error) {
 	answer, err := ask(ctx, p, syscall.SIGUSR2)
 	if err != nil {
-		return err
+		return "", err
 	}
-	written, ended := strings.CutPrefix(answer, "profile ")
-	if ended != (file != "") || !ended && answer != "profiling" {
-		return fmt.Errorf("profiling %s: %s", p.Name, answer)
-	}
-	if !ended {
-		return nil
+	counts, written, ended := strings.Cut(answer, " in ")
+	var allocations, bytes uint64
+	var waited float64
+	if _, err := fmt.Sscanf(counts, "profile allocations=%d bytes=%d waited=%g", &allocations, &bytes, &waited); err != nil || !ended {
+		return "", fmt.Errorf("profiling %s: %s", p.Name, answer)
 	}
 	b, err := os.ReadFile(written)
 	if err != nil {
-		return err
+		return "", err
 	}
-	return os.WriteFile(file, b, 0o644)
+	return fmt.Sprintf("%d allocations, %.0f kB; %.1f ms waited for mutexes", allocations, float64(bytes)/1e3, waited*1e3), os.WriteFile(file, b, 0o644)
 }
 
 func ask(ctx context.Context, p *tunnels.Part, sig syscall.Signal) (string, error) {

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -56,7 +57,7 @@ func TestTheWayOfTwoRelaysCarriesLoadsAndIsMeasured(t *testing.T) {
 	p := &plan{d: 50 * time.Millisecond}
 	for _, l := range s.loads {
 		for _, part := range d.Parts {
-			if err := takeProfile(t.Context(), part, ""); err != nil {
+			if err := beginProfile(t.Context(), part); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -65,8 +66,12 @@ func TestTheWayOfTwoRelaysCarriesLoadsAndIsMeasured(t *testing.T) {
 		}
 		for _, part := range d.Parts {
 			file := filepath.Join(t.TempDir(), "pprof")
-			if err := takeProfile(t.Context(), part, file); err != nil {
+			spent, err := endProfile(t.Context(), part, file)
+			if err != nil {
 				t.Fatal(err)
+			}
+			if strings.HasPrefix(spent, "0 ") { // the profile itself takes some
+				t.Errorf("%s, %s: %s", part.Name, l.name, spent)
 			}
 			if b, err := os.ReadFile(file); err != nil || len(b) == 0 {
 				t.Errorf("the profile of %s: %d bytes, %v", part.Name, len(b), err)

@@ -39,7 +39,7 @@
 //
 // Idle streams, and profiles, are measured in a build of cmd/portal with the tag `measure`, which
 // tells its heap, stacks and goroutines after a collection when it gets SIGUSR1, and begins and ends
-// a CPU profile with SIGUSR2. All else runs the command as it is shipped.
+// a CPU profile with SIGUSR2, with what it allocated and waited for mutexes meanwhile. All else runs the command as it is shipped.
 //
 // Without -systems and -loads it takes those that fit into a quarter of an hour with all peers
 // installed. It exits 1 when a load failed on anything but a peer, or when it could not go on: what was
@@ -79,7 +79,7 @@ func main() {
 		file    = flag.String("o", "", "write the figures to `FILE` too, as JSON")
 		svg     = flag.String("svg", "", "draw the figures into `FILE`")
 		from    = flag.String("from", "", "measure nothing: print and draw what a run wrote to `FILE`")
-		profile = flag.String("profile", "", "measure nothing: write CPU profiles of portal's processes into `DIR`")
+		profile = flag.String("profile", "", "measure nothing: write CPU profiles of portal's processes into `DIR`, and print what they allocate")
 	)
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -400,17 +400,21 @@ func profileOne(ctx context.Context, p *plan, sys tunnels.System, b *binaries, d
 	}
 	for _, l := range profileSetting.loads {
 		for _, part := range d.Parts {
-			if err := takeProfile(ctx, part, ""); err != nil {
+			if err := beginProfile(ctx, part); err != nil {
 				return err
 			}
 		}
-		_, failed := l.run(ctx, d, p)
+		o, failed := l.run(ctx, d, p)
+		if failed == nil {
+			fmt.Printf("%s, %s: %s %s\n", sys.Name, l.figures[0].Name, number(o.values[0]), l.figures[0].Unit)
+		}
 		for _, part := range d.Parts {
 			file := filepath.Join(dir, strings.Join([]string{sys.Key, l.name, strings.ReplaceAll(part.Name, " ", "-")}, ".")+".pprof")
-			if err := takeProfile(ctx, part, file); err != nil {
+			spent, err := endProfile(ctx, part, file)
+			if err != nil {
 				return err
 			}
-			fmt.Println(file)
+			fmt.Printf("\t%s: %s\n", file, spent)
 		}
 		if failed != nil {
 			return fmt.Errorf("%s: %w", l.name, failed)
