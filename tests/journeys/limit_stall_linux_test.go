@@ -172,14 +172,12 @@ func TestALaneBetweenProcessesThatStandsStillStallsOnlyItself(t *testing.T) {
 			goOn(t, "lanes ("+carrier+") beside one whose inlet stands still", conns, func() func() {
 				first := func() []byte { _, b := s.numbered('G'); return b }
 				end := still(down, addr, first, func(all []net.Conn) {
-					select {
-					case <-s.stuck: // the turn before
-					default:
-					}
 					for range all {
 						s.gate <- struct{}{}
 					}
-					within(t, "the service is stuck", s.stuck)
+					for range all {
+						within(t, "each stream of the service is stuck", s.full)
+					}
 				})
 				return func() {
 					end()

@@ -39,7 +39,7 @@ const patience = 30 * time.Second
 //	R          the pattern, then, once a byte has come, a reset
 //	M          reading nothing: a byte now and then, until the connection is reset
 //	B number   the pattern over and over, until the client has ended, then an end; as U meanwhile
-//	G number   a byte, then, once there is one in the gate, as B
+//	G number   a byte, then, once there is one in the gate, as B with little in the kernel
 //
 // A number (4 bytes, big-endian) tells one transfer's result from those before.
 type service struct {
@@ -48,6 +48,7 @@ type service struct {
 	marks   chan mark     // of the next U
 	stuck   chan struct{} // a write of B has waited for a second
 	gate    chan struct{} // of G
+	full    chan struct{} // from each G, once: a write has waited for a second
 
 	accepted atomic.Int64 // connections
 
@@ -84,7 +85,7 @@ func serveOn(addr string) (*service, error) {
 	if path, ok := unixPath(addr); ok {
 		network, addr = "unix", path
 	}
-	s := &service{results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1), gate: make(chan struct{}, 64)}
+	s := &service{results: make(chan result, 256), marks: make(chan mark, 1), stuck: make(chan struct{}, 1), gate: make(chan struct{}, 64), full: make(chan struct{}, 256)}
 	var err error
 	s.server, err = serving.Listen(network, addr, func(c net.Conn) {
 		s.accepted.Add(1)
@@ -123,6 +124,7 @@ func (s *service) answer(c net.Conn) {
 		}
 		c.SetDeadline(time.Now().Add(2 * patience))
 	}
+	stuck := s.stuck
 	report := func(r received) { s.results <- result{binary.BigEndian.Uint32(number[:]), r} }
 	switch kind[0] {
 	case 'D':
@@ -168,6 +170,9 @@ func (s *service) answer(c net.Conn) {
 		case <-s.gate:
 		case <-late.C:
 		}
+		// Megabytes of each, once grown, are seconds of work for everybody beside.
+		c.(interface{ SetWriteBuffer(int) error }).SetWriteBuffer(64 << 10)
+		stuck = s.full
 		fallthrough
 	case 'B':
 		ended := make(chan struct{})
@@ -181,7 +186,10 @@ func (s *service) answer(c net.Conn) {
 			rest = rest[n:]
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				select {
-				case s.stuck <- struct{}{}:
+				case stuck <- struct{}{}:
+					if kind[0] == 'G' {
+						stuck = nil
+					}
 				default:
 				}
 			} else if err != nil {
