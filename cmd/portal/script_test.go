@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -28,6 +29,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// The scripts wait seven times as long as they compute. -parallel counts when it is given.
+	flag.Set("test.parallel", "8")
 	testscript.Main(m, map[string]func(){"portal": main, "witness": witness})
 }
 
