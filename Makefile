@@ -4,7 +4,7 @@
 # make build   bin/portal, static
 
 GO       ?= go
-FUZZTIME ?= 5s
+FUZZTIME ?= 3s
 PACKAGES ?= ./...
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 

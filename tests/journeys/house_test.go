@@ -5,6 +5,7 @@ package journeys_test
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -51,6 +52,8 @@ func TestMain(m *testing.M) {
 	}
 	code := 1
 	if err == nil {
+		// A third of their time is waiting. -parallel counts when it is given.
+		flag.Set("test.parallel", "4")
 		code = m.Run()
 	} else {
 		fmt.Fprintln(os.Stderr, "journeys:", err)
