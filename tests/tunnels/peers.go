@@ -380,7 +380,7 @@ func startRathole(ctx context.Context, d *Deployment) (string, error) {
 }
 
 // startOckam has a node at either end, without a project: no account is asked for. It follows Ockam's
-// documentation, of version 0.150; nobody has run it here yet.
+// documentation, of version 0.150, and is untried.
 func startOckam(ctx context.Context, d *Deployment) (string, error) {
 	node := func(at *Host, name, addr, sections string) error {
 		home := "OCKAM_HOME=" + filepath.Join(d.Dir, name)
