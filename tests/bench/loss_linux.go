@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -65,18 +66,17 @@ func inNamespaces(ctx context.Context, p *plan, s *setting, b *binaries, r *repo
 	select {
 	case <-child.Done():
 	case <-ctx.Done():
-		child.Stop(time.Minute)
-		return context.Cause(ctx)
 	}
+	failed := child.Stop(time.Minute)
 	for _, line := range child.Lines() {
 		fmt.Fprintln(os.Stderr, line)
 	}
-	if err := child.Stop(tunnels.StopWithin); err != nil {
-		return err
-	}
-	theirs, err := readReport(file)
-	if err != nil {
-		return err
+	theirs, err := readReport(file) // also of one that could not go on
+	if failed != nil || err != nil {
+		if err == nil {
+			r.take(theirs)
+		}
+		return cmp.Or(context.Cause(ctx), failed, err)
 	}
 	if why := theirs.Skipped[s.name]; why != "" {
 		return &skipped{why}
