@@ -118,8 +118,9 @@ func (g *guard) requestLine(b []byte) (int, error) {
 		return n, errRequest
 	}
 	g.request = head{upgrade: method == "CONNECT"}
-	// The target may name the host itself (RFC 9112, 3.2.2 and 3.2.3).
-	if _, authority, ok := strings.Cut(target, "://"); ok {
+	// The target may name the host itself (RFC 9112, 3.2.2 and 3.2.3). One that begins
+	// with a slash does not, whatever stands in its path and query.
+	if _, authority, ok := strings.Cut(target, "://"); ok && target[0] != '/' {
 		authority, _, _ = strings.Cut(authority, "/")
 		authority, _, _ = strings.Cut(authority, "?")
 		g.request.hosts = append(g.request.hosts, authority)

@@ -80,8 +80,11 @@ func TestRequestsToThisHostPass(t *testing.T) {
 		"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n":                                                    2,
 		"POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n3\r\nabc\r\nA \r\n0123456789\r\n00\r\n\r\nGET / HTTP/1.1\r\n\r\n":                       2,
 		"GET / HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: websocket\r\nOrigin: http://localhost\r\nHost: localhost\r\n\r\n\x81\x05hello\r\n\x00\r\n": 1,
-		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00":     1,
-		"CONNECT localhost:1 HTTP/1.1\r\n\r\n\x16\x03": 1,
+		"GET /fetch?url=http://elsewhere.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n":                                                                1,
+		"GET /go/https://elsewhere.example HTTP/1.1\r\nHost: localhost\r\n\r\n":                                                                       1,
+		"GET http://localhost/go?to=http://elsewhere.example HTTP/1.1\r\n\r\n":                                                                        1,
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00":                                                                                                    1,
+		"CONNECT localhost:1 HTTP/1.1\r\n\r\n\x16\x03":                                                                                                1,
 	} {
 		if g, err := guarded(t, text); err != nil || g.heads != heads {
 			t.Errorf("%q: %v, %d heads", text, err, g.heads)
