@@ -18,6 +18,7 @@ import (
 //	SIGTERM, SIGINT   nothing new, streams may end within the grace time, then they are reset
 //	a second one      they are reset at once
 //	SIGHUP            with a controlling terminal as SIGTERM; else policies are read again
+//	SIGPIPE           nothing: its streams outlive whoever reads its lines
 //
 // SIGINT and SIGHUP do nothing in a process that was started with them ignored,
 // as by nohup.
@@ -53,6 +54,9 @@ func (s *session) supervise(ctx context.Context, j job) error {
 	signals := make(chan os.Signal, 4)
 	hear(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
+	// Whoever reads our lines may go. Not ignored, which an outlet's commands would inherit;
+	// to the end of the process, since the last lines are written behind this.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	defer s.visible(j.home, j.entries...)()
 	// Asked now: when the terminal hangs up it is not there to be found.
 	return s.govern(ctx, j, signals, controllingTerminal())
