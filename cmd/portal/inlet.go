@@ -136,8 +136,11 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 			if err != nil {
 				return err
 			}
+			if err := m.reload(); err != nil {
+				return err
+			}
 			server.SetRequire(demand)
-			return m.reload()
+			return nil
 		},
 		home:    m.home,
 		entries: []entry{{t: t, self: m.self, streams: server.Streams}},

@@ -177,8 +177,11 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 			if err != nil {
 				return err
 			}
+			if err := m.reload(); err != nil {
+				return err
+			}
 			server.SetAllow(policy)
-			return m.reload()
+			return nil
 		},
 		home: m.home,
 		entries: []entry{{

@@ -229,6 +229,9 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 			if err != nil {
 				return err
 			}
+			if err := m.reload(); err != nil {
+				return err
+			}
 			server.SetPolicies(policies.serve, policies.connect, policies.next)
 			return nil
 		},
