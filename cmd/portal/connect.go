@@ -187,7 +187,7 @@ func runConnect(ctx context.Context, s *session, o connectOptions) error {
 	signal.Notify(pipes, syscall.SIGPIPE)
 	defer signal.Stop(pipes)
 
-	m, err := s.memberFor(p.route, o.member)
+	m, err := s.memberFor(ctx, p.route, o.member)
 	if err != nil {
 		return err
 	}

@@ -100,7 +100,7 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	if err != nil {
 		return err
 	}
-	m, err := s.memberFor(p.routes, o.member)
+	m, err := s.memberFor(ctx, p.routes, o.member)
 	if err != nil {
 		return err
 	}

@@ -47,7 +47,7 @@ func (m *member) close() {
 
 // member opens the home and finds out whether it is a member's, or is given a
 // ticket to become one. It reaches for nobody.
-func (s *session) member(o memberOptions) (*member, error) {
+func (s *session) member(ctx context.Context, o memberOptions) (*member, error) {
 	m := &member{node: &routing.Node{Logger: s.log}}
 	var joined *identity.Membership
 	var dir string
@@ -61,7 +61,7 @@ func (s *session) member(o memberOptions) (*member, error) {
 		return nil, err
 	}
 	if joined == nil {
-		if m.ticket, err = s.givenTicket(o.ticket); err != nil {
+		if m.ticket, err = s.givenTicket(ctx, o.ticket); err != nil {
 			return nil, err
 		}
 		switch {

@@ -34,7 +34,7 @@ func runNames(ctx context.Context, s *session, o namesOptions) error {
 	if err := atLeast("timeout", o.timeout, time.Millisecond); err != nil {
 		return err
 	}
-	m, err := s.memberFor(way, o.member)
+	m, err := s.memberFor(ctx, way, o.member)
 	if err != nil {
 		return err
 	}

@@ -134,7 +134,7 @@ func runOutlet(ctx context.Context, s *session, o outletOptions) error {
 	if err != nil {
 		return err
 	}
-	m, err := s.member(o.member)
+	m, err := s.member(ctx, o.member)
 	if err != nil {
 		return err
 	}

@@ -58,7 +58,7 @@ func (o pingOptions) ask(ctx context.Context, s *session, command string, tell f
 	if err := atLeast("timeout", o.timeout, time.Millisecond); err != nil {
 		return a, err
 	}
-	m, err := s.memberFor(way, o.member)
+	m, err := s.memberFor(ctx, way, o.member)
 	if err != nil {
 		return a, err
 	}

@@ -159,7 +159,7 @@ func runRelay(ctx context.Context, s *session, o relayOptions) error {
 	var m *member
 	if len(p.trusts) > 0 {
 		m, err = s.identityOnly(o.member.home, p.trusts)
-	} else if m, err = s.member(o.member); err != nil {
+	} else if m, err = s.member(ctx, o.member); err != nil {
 		err = fail(codeUsage, "--authority; or --trust ID of the authority, which need not run here; or `portal enroll` with a ticket made with --as-relay",
 			"relay: nothing says whose members meet here: %w", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/signal"
@@ -235,7 +236,7 @@ const maxTicketFile = 16 << 10
 
 // givenTicket reads the ticket that a long-running command was given: --ticket
 // FILE, $PORTAL_TICKET, or the file that $PORTAL_TICKET_FILE names. nil: none.
-func (s *session) givenTicket(file string) (*identity.Ticket, error) {
+func (s *session) givenTicket(ctx context.Context, file string) (*identity.Ticket, error) {
 	if file == "" {
 		if text := s.env.get("PORTAL_TICKET"); text != "" {
 			return readTicket("PORTAL_TICKET", text)
@@ -244,30 +245,27 @@ func (s *session) givenTicket(file string) (*identity.Ticket, error) {
 			return nil, nil
 		}
 	}
-	return ticketFile(file)
+	return ticketFile(ctx, file)
 }
 
 // enrollTicket reads the ticket for `portal enroll`: what its argument says,
 // what the environment has, or what is typed on the terminal, unseen.
 func (s *session) enrollTicket(ctx context.Context, file string) (*identity.Ticket, error) {
-	switch file {
-	case "-":
-		b, err := readAll(s.stdin, maxTicketFile, "the ticket from stdin")
-		if err != nil {
-			return nil, fail(codeTicketForm, "", "%w", err)
-		}
-		return readTicket("stdin", string(b))
-	case "":
-		if t, err := s.givenTicket(""); t != nil || err != nil {
+	terminal := isTerminal(s.stdin)
+	switch {
+	case file == "-" && !terminal:
+		return unlessDone(ctx, func() (*identity.Ticket, error) { return ticketFrom(s.stdin, "stdin") })
+	case file == "":
+		if t, err := s.givenTicket(ctx, ""); t != nil || err != nil {
 			return t, err
 		}
-		in, ok := s.stdin.(*os.File)
-		if !ok || !term.IsTerminal(int(in.Fd())) {
+		if !terminal {
 			return nil, fail(codeUsage, "`portal enroll FILE`, `… | portal enroll -`, or PORTAL_TICKET", "enroll: there is no ticket")
 		}
-		return s.askTicket(ctx, in)
+	case file != "-":
+		return ticketFile(ctx, file)
 	}
-	return ticketFile(file)
+	return s.askTicket(ctx, s.stdin.(*os.File))
 }
 
 // askTicket reads a line from the terminal without echo. Interrupted, it leaves
@@ -278,40 +276,56 @@ func (s *session) askTicket(ctx context.Context, in *os.File) (*identity.Ticket,
 		return nil, fail(codeTicketForm, "", "reading the ticket from the terminal: %w", err)
 	}
 	s.stderr.Write([]byte("portal: paste the ticket (it is not shown): "))
-	type line struct {
-		text []byte
-		err  error
-	}
-	typed := make(chan line, 1)
-	go func() {
-		text, err := term.ReadPassword(int(in.Fd()))
-		typed <- line{text, err}
-	}()
-	select {
-	case l := <-typed:
-		s.line("")
-		if l.err != nil {
-			return nil, fail(codeTicketForm, "", "reading the ticket from the terminal: %w", l.err)
-		}
-		return readTicket("the terminal", string(l.text))
-	case <-ctx.Done():
+	typed, err := unlessDone(ctx, func() ([]byte, error) { return term.ReadPassword(int(in.Fd())) })
+	if ctx.Err() != nil {
 		term.Restore(int(in.Fd()), before)
-		s.line("")
-		return nil, context.Cause(ctx)
 	}
+	s.line("")
+	if err != nil {
+		return nil, fail(codeTicketForm, "", "reading the ticket from the terminal: %w", err)
+	}
+	return readTicket("the terminal", string(typed))
 }
 
-func ticketFile(file string) (*identity.Ticket, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, fail(codeUsage, "", "reading the ticket: %w", err)
-	}
-	defer f.Close()
-	b, err := readAll(f, maxTicketFile, file)
+// ticketFile reads the ticket from a file, which may be a pipe.
+func ticketFile(ctx context.Context, file string) (*identity.Ticket, error) {
+	return unlessDone(ctx, func() (*identity.Ticket, error) {
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, fail(codeUsage, "", "reading the ticket: %w", err)
+		}
+		defer f.Close()
+		return ticketFrom(f, file)
+	})
+}
+
+func ticketFrom(r io.Reader, what string) (*identity.Ticket, error) {
+	b, err := readAll(r, maxTicketFile, "the ticket from "+what)
 	if err != nil {
 		return nil, fail(codeTicketForm, "", "%w", err)
 	}
-	return readTicket(file, string(b))
+	return readTicket(what, string(b))
+}
+
+// unlessDone is what a read returns that may wait for whoever writes. When ctx ends
+// first it is ctx's cause, and the goroutine that reads is left to the end of the process.
+func unlessDone[T any](ctx context.Context, read func() (T, error)) (T, error) {
+	type result struct {
+		v   T
+		err error
+	}
+	c := make(chan result, 1)
+	go func() {
+		v, err := read()
+		c <- result{v, err}
+	}()
+	select {
+	case r := <-c:
+		return r.v, r.err
+	case <-ctx.Done():
+		var none T
+		return none, context.Cause(ctx)
+	}
 }
 
 func readTicket(from, text string) (*identity.Ticket, error) {

@@ -156,8 +156,8 @@ func (r *route) known(m *member) error {
 }
 
 // memberFor opens the home, and finds the ways that the line does not give in it.
-func (s *session) memberFor(r *route, o memberOptions) (*member, error) {
-	m, err := s.member(o)
+func (s *session) memberFor(ctx context.Context, r *route, o memberOptions) (*member, error) {
+	m, err := s.member(ctx, o)
 	if err != nil {
 		return nil, err
 	}
