@@ -50,6 +50,11 @@ func (e *HeldError) Error() string {
 	return fmt.Sprintf("the store %s is held by process %d; stop it, or ask it through its control socket", e.Path, e.PID)
 }
 
+// AccessError says why a store's file is not only this user's, and what mends it.
+type AccessError struct{ Problem string }
+
+func (e *AccessError) Error() string { return e.Problem }
+
 // Store is an open store. Its methods may be called by several goroutines at once.
 type Store struct {
 	db     *bbolt.DB
@@ -152,13 +157,13 @@ func checkFile(f *os.File) error {
 		return err
 	}
 	if !info.Mode().IsRegular() {
-		return fmt.Errorf("it is not a regular file")
+		return &AccessError{"it is not a regular file"}
 	}
 	if uid := info.Sys().(*syscall.Stat_t).Uid; int(uid) != os.Geteuid() {
-		return fmt.Errorf("it belongs to user %d and this process runs as user %d", uid, os.Geteuid())
+		return &AccessError{fmt.Sprintf("it belongs to user %d and this process runs as user %d", uid, os.Geteuid())}
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return fmt.Errorf("others can enter it (mode %04o); chmod 600 %s", mode, f.Name())
+		return &AccessError{fmt.Sprintf("others can enter it (mode %04o); chmod 600 %s", mode, f.Name())}
 	}
 	return nil
 }
