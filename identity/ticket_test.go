@@ -36,7 +36,7 @@ func ticketText(t testing.TB, ticket *Ticket) string {
 }
 
 func TestTicketRoundTrip(t *testing.T) {
-	for ways := 1; ways <= maxWays; ways++ {
+	for ways := 1; ways <= MaxWays; ways++ {
 		ticket := newTicket(t, ways)
 		text := ticketText(t, ticket)
 		if len(text) > maxTicketText || strings.ContainsAny(text, " \n") || strings.ToLower(text) != text {

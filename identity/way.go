@@ -16,7 +16,7 @@ type Way struct {
 }
 
 const (
-	maxWays    = 8 // those of one ticket, within its 1 KiB
+	MaxWays    = 8 // those of one ticket, within its 1 KiB
 	maxAddress = 253 + len(":65535")
 )
 
@@ -70,8 +70,8 @@ type wireWay struct {
 }
 
 func encodeWays(ways []Way) ([]wireWay, error) {
-	if len(ways) > maxWays {
-		return nil, fmt.Errorf("%d ways; at most %d are used", len(ways), maxWays)
+	if len(ways) > MaxWays {
+		return nil, fmt.Errorf("%d ways; at most %d are used", len(ways), MaxWays)
 	}
 	wire := make([]wireWay, len(ways))
 	for i, w := range ways {
@@ -87,8 +87,8 @@ func encodeWays(ways []Way) ([]wireWay, error) {
 }
 
 func decodeWays(wire []wireWay) ([]Way, error) {
-	if len(wire) > maxWays {
-		return nil, fmt.Errorf("%d ways; at most %d are used", len(wire), maxWays)
+	if len(wire) > MaxWays {
+		return nil, fmt.Errorf("%d ways; at most %d are used", len(wire), MaxWays)
 	}
 	ways := make([]Way, len(wire))
 	for i, w := range wire {

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unicode"
@@ -132,7 +133,7 @@ type socketOptions struct {
 
 func parseMode(text string) (fs.FileMode, error) {
 	n, err := strconv.ParseUint(text, 8, 32)
-	if err != nil || n > 0o777 {
+	if err != nil || n == 0 || n > 0o777 {
 		return 0, fail(codeUsage, "octal digits, as in --mode 0660", "--mode %q is no file mode", text)
 	}
 	return fs.FileMode(n), nil
@@ -377,6 +378,7 @@ type unixListener struct {
 	*net.UnixListener
 	path string
 	info fs.FileInfo
+	gone sync.Once
 }
 
 func (l *unixListener) place(made string, o socketOptions) error {
@@ -411,9 +413,12 @@ func (l *unixListener) place(made string, o socketOptions) error {
 func (l *unixListener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
 
 func (l *unixListener) Close() error {
-	if info, err := os.Lstat(l.path); err == nil && os.SameFile(info, l.info) {
-		os.Remove(l.path)
-	}
+	// Once: the number of a file that is gone may be the next one's, at the same path.
+	l.gone.Do(func() {
+		if info, err := os.Lstat(l.path); err == nil && os.SameFile(info, l.info) {
+			os.Remove(l.path)
+		}
+	})
 	return l.UnixListener.Close()
 }
 

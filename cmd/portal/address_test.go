@@ -13,6 +13,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 func TestListenAddresses(t *testing.T) {
@@ -322,5 +323,34 @@ func TestListenerThatWasReplacedLeavesItsSuccessor(t *testing.T) {
 	closeAll(old)
 	if _, err := os.Stat(path); err != nil {
 		t.Errorf("the successor's socket: %v", err)
+	}
+}
+
+// The file system may give a successor's socket the number of the one that is gone.
+func TestListenerThatWasClosedLeavesWhatLooksLikeItsOwn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	old, err := listenOn(t, "unix:"+path, socketOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	closeAll(old)
+	if _, err := listenOn(t, "unix:"+path, socketOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old[0].(*unixListener).info = info
+	closeAll(old)
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("the successor's socket: %v", err)
+	}
+}
+
+func TestHoldOfZeroIsNotTheDefault(t *testing.T) {
+	p, err := inletOptions{name: "db", from: []string{"1"}, way: wayOptions{direct: []string{"1"}}, kind: "raw", mode: "0600", streams: 1}.plan()
+	if err != nil || p.hold <= 0 || p.hold > time.Millisecond {
+		t.Errorf("held for %v, %v", p.hold, err)
 	}
 }

@@ -327,6 +327,7 @@ func newApp(s *session) *cli.App {
 						hosts:   c.StringSlice("host"),
 						unsafe:  c.Bool("unsafe-listen"),
 						mode:    c.String("mode"),
+						moded:   c.IsSet("mode"),
 						group:   c.String("group"),
 						hold:    c.Duration("hold"),
 						streams: c.Int("max-streams"),

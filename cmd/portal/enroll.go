@@ -30,7 +30,9 @@ func runEnroll(ctx context.Context, s *session, o enrollOptions) error {
 	if err != nil {
 		return err
 	}
-	ways = append(ways, relayWays...)
+	if ways = append(ways, relayWays...); len(ways) > identity.MaxWays {
+		return fail(codeUsage, "", "%d addresses by --direct and --relay; at most %d are used", len(ways), identity.MaxWays)
+	}
 	if err := atLeast("timeout", o.timeout, time.Second); err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ type inletOptions struct {
 	hosts   []string
 	unsafe  bool
 	mode    string
+	moded   bool // --mode was given
 	group   string
 	hold    time.Duration
 	streams int
@@ -60,8 +61,12 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	if p.socket.mode, err = parseMode(o.mode); err != nil {
 		return nil, err
 	}
-	if p.socket.group = o.group; o.group != "" && !slices.ContainsFunc(p.ports, func(a listenAddress) bool { return a.path != "" }) {
+	p.socket.group = o.group
+	switch unix := slices.ContainsFunc(p.ports, func(a listenAddress) bool { return a.path != "" }); {
+	case o.group != "" && !unix:
 		return nil, fail(codeUsage, "--from unix:/path", "--group %q: there is no Unix socket to give it", plain(o.group))
+	case o.moded && !unix:
+		return nil, fail(codeUsage, "--from unix:/path", "--mode %q: there is no Unix socket to give it", plain(o.mode))
 	}
 	if p.routes, err = o.way.plan("inlet", o.name); err != nil {
 		return nil, err
@@ -87,6 +92,7 @@ func (o inletOptions) plan() (*inletPlan, error) {
 	if err := atLeast("hold", o.hold, 0); err != nil {
 		return nil, err
 	}
+	p.hold = max(o.hold, time.Nanosecond) // the server's 0 is its default
 	return p, atLeast("grace", o.grace, 0)
 }
 
@@ -112,7 +118,7 @@ func runInlet(ctx context.Context, s *session, o inletOptions) error {
 	t := s.teller("inlet", o.name)
 	t.listening(addresses(lns))
 	server := p.routes.inlet(o.name, m, s.log)
-	server.Require, server.Kind, server.Hosts, server.Hold = p.demand, p.speaks, o.hosts, o.hold
+	server.Require, server.Kind, server.Hosts, server.Hold = p.demand, p.speaks, o.hosts, p.hold
 	s.room.inlet(server, o.streams)
 	server.OnState = t.inlet
 	return s.supervise(ctx, job{
