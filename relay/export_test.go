@@ -27,3 +27,6 @@ var CarrierIdle = &carrierIdle
 
 // Orderly is what a log says of an end.
 var Orderly = orderly
+
+// CarrierStreams is how many streams of a carrier there may be.
+const CarrierStreams = carrierStreams

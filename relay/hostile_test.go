@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"slices"
@@ -1056,6 +1057,68 @@ func TestAnOutletEndsACarrierThatItsRelayKeepsForNothing(t *testing.T) {
 			}
 			registration.Reset(stream.CodeAway, "")
 		}
+	})
+}
+
+// counting counts the lines of a log that say what.
+type counting struct {
+	n    *atomic.Int32
+	what string
+}
+
+func (c counting) Enabled(context.Context, slog.Level) bool { return true }
+func (c counting) WithAttrs([]slog.Attr) slog.Handler       { return c }
+func (c counting) WithGroup(string) slog.Handler            { return c }
+func (c counting) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == c.what {
+		c.n.Add(1)
+	}
+	return nil
+}
+
+// A lane that fails at once holds what the relay has sent for it until the relay ends it.
+func TestARelayThatKeepsStreamsOfACarrierIsGivenNoMore(t *testing.T) {
+	const offers = 1000
+	with(t, relay.Yamux, func(w *town) {
+		h := w.hostileAt(relayAddr, honest)
+		var refused, kept atomic.Int32
+		ln := w.client(w.member(serves("db")), func(c *relay.Client) {
+			c.Carrier = relay.Yamux
+			c.Logger = slog.New(counting{&refused, "a lane could not be opened"})
+		}).Listen("db", nil)
+		w.run(func(ctx context.Context) error {
+			for {
+				lane, err := ln.Accept()
+				if err != nil {
+					return nil
+				}
+				go func() {
+					lane.Read(make([]byte, 1)) // what is no handshake
+					lane.Close()
+				}()
+			}
+		})
+		registration, session := h.carries("db", 0)
+		go func() {
+			for {
+				y, err := session.AcceptStream()
+				if err != nil {
+					return
+				}
+				y.Write([]byte{0})
+				kept.Add(1)
+			}
+		}()
+		id, _ := h.expect()
+		for range offers {
+			registration.Write(makeOffer(1, id, random32()))
+		}
+		w.until("each offer is answered", func() bool { return kept.Load()+refused.Load() >= offers })
+		if n := kept.Load(); n < relay.CarrierStreams || n > relay.CarrierStreams+64 { // 64 are opened at once
+			t.Errorf("it has %d streams", n)
+		}
+		session.Close()
+		ln.Close()
 	})
 }
 

@@ -321,8 +321,11 @@ func (l *Listener) carry(ctx context.Context, live *link.Live, st *stream.Conn) 
 	return session, nil
 }
 
-// carriedLane opens a lane as a stream of the carrier. yamux's open has no context
-// and may wait for the relay.
+var errKeeps = fmt.Errorf("the relay keeps %d streams of the carrier", carrierStreams)
+
+// carriedLane opens a lane as a stream of the carrier, unless there are so many that none is offered
+// (carrierStreams): what is over here keeps its window for as long as the relay does not end it, too,
+// 2 × lingerTime at most. yamux's open has no context and may wait for the relay.
 func carriedLane(ctx context.Context, session *yamux.Session, live *link.Live, o offer) (net.Conn, error) {
 	type result struct {
 		y   *yamux.Stream
@@ -330,6 +333,10 @@ func carriedLane(ctx context.Context, session *yamux.Session, live *link.Live, o
 	}
 	opened := make(chan result, 1)
 	go func() {
+		if session.NumStreams() >= carrierStreams { // not on the goroutine of ctx: this may wait, too
+			opened <- result{nil, errKeeps}
+			return
+		}
 		y, err := session.OpenStream()
 		opened <- result{y, err}
 	}()
