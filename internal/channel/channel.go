@@ -142,6 +142,7 @@ type opening struct {
 	peer     *identity.Peer
 	shown    *identity.Credential // ours, as it went into the confirmation
 	rtt      time.Duration
+	charged  time.Duration // to the strangers' allowance, for what was verified
 }
 
 func begin(ctx context.Context, lane net.Conn, c *Config, steps func(*opening) error) (*End, error) {
@@ -252,7 +253,7 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	o.rtt = time.Since(start)
-	if err := o.verify(func() error {
+	if err := o.verify(len(m), func() error {
 		if err := h.read3(m); err != nil {
 			return err
 		}
@@ -268,7 +269,7 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	var unproved error
-	if err := o.verify(func() (err error) {
+	if err := o.verify(len(plain), func() (err error) {
 		unproved, err = o.takeConfirm(plain)
 		return err
 	}); err != nil {
@@ -281,7 +282,7 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	if c.Turns != nil && o.peer.Credential() != nil {
-		c.Turns.proved(c.Source)
+		c.Turns.proved(c.Source, o.charged)
 	}
 	return nil
 }

@@ -43,6 +43,9 @@ func takes(d time.Duration) func() error {
 	return func() error { <-time.After(d); return nil }
 }
 
+// verifies is verify of a few bytes.
+func verifies(o *opening, f func() error) error { return o.verify(1, f) }
+
 // The accepting goroutine asks before, while and after the first lane begins.
 func TestWhoIsKnownMayBeAskedAtAnyTime(t *testing.T) {
 	on(t, 2, func(t *testing.T, turns *Turns) {
@@ -56,7 +59,7 @@ func TestWhoIsKnownMayBeAskedAtAnyTime(t *testing.T) {
 			o, end := lane(t, t.Context(), turns, "a")
 			defer end()
 			check(t, o.answer(takes(time.Millisecond)))
-			turns.proved("b")
+			turns.proved("b", 0)
 		})
 		both.Wait()
 		if !turns.Known("b") {
@@ -69,7 +72,7 @@ func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
 	for _, of := range []struct {
 		name string
 		run  func(*opening, func() error) error
-	}{{"answers", (*opening).answer}, {"verifications", (*opening).verify}} {
+	}{{"answers", (*opening).answer}, {"verifications", verifies}} {
 		t.Run(of.name, func(t *testing.T) {
 			on(t, 6, func(t *testing.T, turns *Turns) {
 				var mu sync.Mutex
@@ -104,37 +107,43 @@ func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
 	}
 }
 
-// Strangers have half a second of each core and a thirty-second of its time then. Whoever proves
-// himself gives back what he took, and is held up by nobody's number.
+// Strangers have half a second of each core and a thirty-second of its time then, for answers and for
+// what is verified behind them. Whoever proves himself gives back what he took, and is held up by
+// nobody's number.
 func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
-	const cores, each = 2, 10 * time.Millisecond
-	answers := func(t *testing.T, turns *Turns, proves bool, until time.Duration) (n int) {
+	const cores, each, longest = 2, 10 * time.Millisecond, 9 * verifiedBytes
+	answers := func(t *testing.T, turns *Turns, proves bool, message int, until time.Duration) (n int) {
 		ctx, cancel := context.WithTimeout(t.Context(), until)
 		defer cancel()
 		for ; ; n++ {
 			o, end := lane(t, ctx, turns, fmt.Sprint("10.0.0.", n))
 			err := o.answer(takes(each))
+			if err == nil && message > 0 {
+				err = o.verify(message, takes(each*time.Duration(message)/verifiedBytes))
+			}
 			end()
 			if err != nil {
 				return n
 			}
 			if proves {
-				turns.proved(o.config.Source)
+				turns.proved(o.config.Source, o.charged)
 			}
 		}
 	}
-	on(t, cores, func(t *testing.T, turns *Turns) {
-		const lasts = 60 * time.Second
-		n := answers(t, turns, false, lasts)
-		want := int(cores * (strangersBurst + lasts/strangersShare) / each)
-		if n < want-1 || n > want+1 {
-			t.Errorf("%d answers to strangers in %v, want %d", n, lasts, want)
-		}
-	})
+	for _, message := range []int{0, verifiedBytes, longest} {
+		on(t, cores, func(t *testing.T, turns *Turns) {
+			const lasts = 60 * time.Second
+			n := answers(t, turns, false, message, lasts)
+			want := int(cores * (strangersBurst + lasts/strangersShare) / each / time.Duration(1+message/verifiedBytes))
+			if n < want-1 || n > want+1 {
+				t.Errorf("%d answers to strangers in %v, of whom %d bytes are verified, want %d", n, lasts, message, want)
+			}
+		})
+	}
 	on(t, cores, func(t *testing.T, turns *Turns) {
 		const lasts = 5 * time.Second
-		n := answers(t, turns, true, lasts)
-		if n < int(lasts/each)-1 {
+		n := answers(t, turns, true, verifiedBytes, lasts)
+		if n < int(lasts/each/2)-1 {
 			t.Errorf("%d answers to members in %v", n, lasts)
 		}
 		if len(turns.known) != n {
@@ -143,11 +152,41 @@ func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
 	})
 }
 
+// Of a history of sixteen changes the signatures take eight times as long as an answer.
+func TestAHandshakeIsChargedForWhatIsVerifiedAndAMemberHasItBack(t *testing.T) {
+	for _, c := range []struct {
+		rotations   int // behind which the credential is nobody's
+		least, most time.Duration
+	}{{0, 0, 0}, {1, 2 * time.Second, 5 * time.Second}, {15, 9 * time.Second, 12 * time.Second}} {
+		on(t, 2, func(t *testing.T, turns *Turns) {
+			a, b := newSides(t)
+			b.config.Turns = turns
+			for range c.rotations {
+				check(t, a.self.Rotate())
+			}
+			turns.begin()
+			turns.price = time.Second // in a bubble arithmetic takes no time
+			x, y := memnet.Pipe(memnet.Link{})
+			if _, err := meet(a, b, x, y); (err != nil) != (c.rotations > 0) {
+				t.Errorf("the responder: %v", err)
+			}
+			if turns.spent < c.least || turns.spent > c.most {
+				t.Errorf("behind %d rotations an allowance of %v is spent, want %v to %v", c.rotations, turns.spent, c.least, c.most)
+			}
+			for _, s := range []*side{a, b} {
+				if s.end != nil {
+					s.end.Close()
+				}
+			}
+		})
+	}
+}
+
 func TestSourcesTakeTurnsAndThoseThatAreKnownHaveThreeOfFour(t *testing.T) {
 	on(t, 2, func(t *testing.T, turns *Turns) {
 		turns.begin()
-		turns.proved("member")
-		turns.proved("friend")
+		turns.proved("member", 0)
+		turns.proved("friend", 0)
 		spend(turns)
 		var mu sync.Mutex
 		var order strings.Builder
@@ -234,9 +273,9 @@ func TestNoMoreSourcesAreRememberedThanTheBound(t *testing.T) {
 	on(t, 2, func(t *testing.T, turns *Turns) {
 		turns.begin()
 		for i := range knownSources + 100 {
-			turns.proved(fmt.Sprint(i))
+			turns.proved(fmt.Sprint(i), 0)
 		}
-		turns.proved("")
+		turns.proved("", 0)
 		if len(turns.known) != knownSources {
 			t.Errorf("%d", len(turns.known))
 		}
@@ -248,7 +287,7 @@ func TestNothingIsComputedForWhoeverIsGoneWhenItsTurnComes(t *testing.T) {
 		"the lane was closed to make room": func(lane net.Conn, _ context.CancelFunc) { lane.Close() },
 		"its time is over":                 func(_ net.Conn, cancel context.CancelFunc) { cancel() },
 	} {
-		for of, run := range map[string]func(*opening, func() error) error{"answers": (*opening).answer, "verifications": (*opening).verify} {
+		for of, run := range map[string]func(*opening, func() error) error{"answers": (*opening).answer, "verifications": verifies} {
 			t.Run(of+" "+name, func(t *testing.T) {
 				on(t, 2, func(t *testing.T, turns *Turns) {
 					holder, close := lane(t, t.Context(), turns, "holder")
@@ -315,7 +354,7 @@ func TestAnErrorOfTheArithmeticIsTheHandshakes(t *testing.T) {
 			o, end := lane(t, t.Context(), turns, "")
 			defer end()
 			want := errors.New("no")
-			for _, run := range []func(*opening, func() error) error{(*opening).answer, (*opening).verify} {
+			for _, run := range []func(*opening, func() error) error{(*opening).answer, verifies} {
 				if err := run(o, func() error { return want }); err != want {
 					t.Error(err)
 				}
