@@ -114,17 +114,31 @@ func newEnd(o *opening) (*End, error) {
 	// Started last, so that look finds everything in its place.
 	e.tick = time.AfterFunc(math.MaxInt64, e.look)
 	setLane(o.lane)
-	var err error
-	if e.opener, err = c.Node.Spawn("", opener{e.fail}, nil); err != nil {
-		return nil, err
-	}
-	if e.sealer.actor, err = c.Node.Spawn("", &e.sealer, nil); err != nil {
-		e.opener.Stop(err)
+	// A node that is closed meanwhile ends the channel, which takes both actors: it waits
+	// here until both are there, or finds that it has ended.
+	e.ending.Lock()
+	err := e.spawn()
+	e.ended = err != nil
+	e.ending.Unlock()
+	if err != nil {
+		e.why = err
+		e.tick.Stop()
+		close(e.done)
+		if e.opener != nil {
+			e.opener.Stop(err)
+		}
 		return nil, err
 	}
 	e.listen(o.shown)
 	e.tick.Reset(lookEvery)
 	return e, nil
+}
+
+func (e *End) spawn() (err error) {
+	if e.opener, err = e.config.Node.Spawn("", opener{e.fail}, nil); err == nil {
+		e.sealer.actor, err = e.config.Node.Spawn("", &e.sealer, nil)
+	}
+	return err
 }
 
 // listen has every renewed credential shown to the other end, also one that was

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"runtime"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"github.com/portal-tunnel/portal/internal/alloc"
 	"github.com/portal-tunnel/portal/internal/buffer"
 	"github.com/portal-tunnel/portal/internal/memnet"
+	"github.com/portal-tunnel/portal/routing"
 )
 
 func TestWhoeverClosesDeliversWhatWasQueued(t *testing.T) {
@@ -644,6 +646,34 @@ func (p *panics) Write(b []byte) (int, error) {
 		panic("in a write")
 	default:
 		return p.Conn.Write(b)
+	}
+}
+
+// A node is closed between the first and the second of a channel's actors, too.
+func TestANodeThatIsClosedWhileAChannelBeginsEndsIt(t *testing.T) {
+	var log bytes.Buffer
+	for range 3000 {
+		node := &routing.Node{Logger: slog.New(slog.NewTextHandler(&log, nil))}
+		x, y := memnet.Pipe(memnet.Link{})
+		closed := make(chan struct{})
+		go func() { node.Close(); close(closed) }()
+		e, err := newEnd(&opening{lane: x, config: &Config{Node: node, Kind: Authority}})
+		select {
+		case <-closed: // behind its actors
+		case <-time.After(10 * time.Second):
+			t.Fatalf("the node does not end\n%.2000s", &log)
+		}
+		if err == nil && e.Err() == nil {
+			t.Fatal("the channel has not ended")
+		}
+		if n := node.Len(); n != 0 {
+			t.Fatalf("%d actors are left", n)
+		}
+		x.Close()
+		y.Close()
+	}
+	if log.Len() != 0 {
+		t.Errorf("%.2000s", &log)
 	}
 }
 
