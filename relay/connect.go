@@ -397,7 +397,7 @@ func (s *Server) oblige(r *registration, end context.CancelCauseFunc) (*far, err
 	if r.key.name == AuthorityName {
 		return f, nil
 	}
-	held, _, err := s.book.Admit(nil, s.peer(r.member), request("serve", r.key.name), func(err error) { end(err) })
+	held, _, err := s.book.Admit(nil, r.peer, request("serve", r.key.name), func(err error) { end(err) })
 	if err != nil {
 		s.release(r.member, &r.member.lanes)
 		return nil, err

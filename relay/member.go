@@ -93,10 +93,10 @@ func (s *Server) tieLocked(l *link.Live) *member {
 	case m == nil:
 		m = &member{key: key, peer: l.Peer()}
 		s.members[key] = m
-	case m.peer.Latest() != l.Peer().Latest(), m.refs == 0:
+	case m.refs == 0, m.peer.Latest() != l.Peer().Latest() && l.Peer().Contains(m.peer.Latest()):
 		// Its keys were rotated: what it proves now is about the new ones. Leases
 		// on the old peer live as long as its last credential. One that is only
-		// remembered has none.
+		// remembered has none. Whoever comes by keys that were rotated away changes nothing.
 		m.peer = l.Peer()
 	}
 	m.refs++
@@ -115,18 +115,15 @@ func (s *Server) tieLocked(l *link.Live) *member {
 	return m
 }
 
-// member is who asks on l, and what it has proved.
+// member is who asks on l, and what it has proved: by its own keys, when they are not the latest.
 func (s *Server) member(l *link.Live) (*member, *identity.Peer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	m := s.tieLocked(l)
+	if p := l.Peer(); p.Latest() != m.peer.Latest() {
+		return m, p
+	}
 	return m, m.peer
-}
-
-func (s *Server) peer(m *member) *identity.Peer {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return m.peer
 }
 
 // dropLocked forgets a member of whom nothing is left, but not what it has asked for lately. A stranger's

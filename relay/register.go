@@ -40,6 +40,7 @@ type registration struct {
 	server   *Server
 	key      poolKey
 	member   *member
+	peer     *identity.Peer // what it has proved, live
 	instance [16]byte
 	conn     *stream.Conn // where offers go
 	carrier  *carrier     // nil: it dials back for each lane
@@ -61,7 +62,7 @@ func (s *Server) register(l *link.Live, in *stream.Incoming) {
 		in.Refuse(stream.CodeBusy, "registered too often")
 		return
 	}
-	r := &registration{server: s, key: poolKey{m.key.authority, name}, member: m, instance: body.instance}
+	r := &registration{server: s, key: poolKey{m.key.authority, name}, member: m, peer: peer, instance: body.instance}
 	ctx, cancel := context.WithCancelCause(s.stop)
 	var held *lease.Lease
 	switch {

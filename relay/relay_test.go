@@ -916,3 +916,48 @@ func TestAProcessThatComesBackReplacesItself(t *testing.T) {
 		}
 	})
 }
+
+// An identity's keys were rotated while those before are still about, with a credential that lasts for
+// minutes. Each is judged by its own, whichever came first.
+func TestKeysThatWereRotatedAwayDecideNothingForTheNewOnes(t *testing.T) {
+	for _, first := range []int{0, 1} {
+		in(t, func(w *town) {
+			s, _ := w.relay(nil)
+			w.outlet("db", w.member(serves("db")), echoing, nil)
+			keys := w.rotated()
+			w.issue(keys[0], identity.Attributes{"name": "bot", "serve": []string{"old"}}, 10*time.Minute)
+			w.issue(keys[1], identity.Attributes{"name": "bot", "serve": []string{"new"}}, time.Hour)
+			var clients [2]*relay.Client
+			ask := func(i int) error {
+				lane, err := clients[i].Lane(context.Background(), "db", identity.ID{})
+				if err == nil {
+					stream.Abort(lane)
+				}
+				return err
+			}
+			for _, i := range []int{first, 1 - first} {
+				clients[i] = w.client(keys[i], nil)
+				clients[i].Listen([]string{"old", "new"}[i], nil)
+				w.sleep(time.Second)
+			}
+			for i := range clients {
+				if err := ask(i); err != nil {
+					t.Errorf("while both last, the %d: %v", i, err)
+				}
+			}
+			if o, n := s.Registrations("old"), s.Registrations("new"); o != 1 || n != 1 {
+				t.Errorf("while both last there are %d and %d registrations", o, n)
+			}
+			w.sleep(15 * time.Minute)
+			if err := ask(0); err == nil {
+				t.Error("the old keys' credential has ended, and they go on")
+			}
+			if err := ask(1); err != nil {
+				t.Errorf("the new keys: %v", err)
+			}
+			if o, n := s.Registrations("old"), s.Registrations("new"); o != 0 || n != 1 {
+				t.Errorf("then there are %d and %d registrations", o, n)
+			}
+		})
+	}
+}

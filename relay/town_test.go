@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
+	"os"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"syscall"
@@ -115,6 +118,43 @@ func (w *town) member(attrs identity.Attributes) *identity.Self {
 	self := w.stranger()
 	w.issue(self, attrs, time.Hour)
 	return self
+}
+
+// rotated is an identity's old keys and its new ones.
+func (w *town) rotated() (keys [2]*identity.Self) {
+	w.Helper()
+	var dirs [2]string
+	for i := range keys {
+		dirs[i] = w.TempDir()
+		if i == 1 { // a copy from before
+			if err := filepath.WalkDir(dirs[0], func(path string, d fs.DirEntry, err error) error {
+				if err != nil || d.IsDir() {
+					return err
+				}
+				b, err := os.ReadFile(path)
+				if err != nil {
+					return err
+				}
+				return os.WriteFile(filepath.Join(dirs[1], d.Name()), b, 0o600)
+			}); err != nil {
+				w.Fatal(err)
+			}
+		}
+		if err := os.Chmod(dirs[i], 0o700); err != nil {
+			w.Fatal(err)
+		}
+		home, err := identity.Open(dirs[i])
+		if err != nil {
+			w.Fatal(err)
+		}
+		if keys[i], err = home.Self(); err != nil {
+			w.Fatal(err)
+		}
+	}
+	if err := keys[1].Rotate(); err != nil {
+		w.Fatal(err)
+	}
+	return keys
 }
 
 func (w *town) issue(self *identity.Self, attrs identity.Attributes, life time.Duration) {
