@@ -154,6 +154,7 @@ type carrier struct {
 	server  *Server
 	conn    net.Conn // under session
 	session *yamux.Session
+	member  *member     // whose it is
 	hops    int         // relays that have passed conn on, and so every lane in it
 	lanes   int         // offered or there; under the server's lock, as owed and retired
 	owed    []time.Time // when what has not come as a stream was offered, the oldest first
@@ -177,7 +178,7 @@ func (r *registration) attach(ctx context.Context) error {
 		stream.Abort(conn)
 		return err
 	}
-	r.carrier = &carrier{server: s, conn: conn, session: session, hops: e.hops}
+	r.carrier = &carrier{server: s, conn: conn, session: session, member: r.member, hops: e.hops}
 	s.all.Go(func() {
 		defer context.AfterFunc(s.stop, func() { session.Close() })()
 		for {
@@ -211,12 +212,20 @@ func (c *carrier) reserve() error {
 	for len(c.owed) > 0 && now.Sub(c.owed[0]) > owedTime {
 		c.owed = c.owed[1:]
 	}
-	if c.lanes >= carrierLanes || streams+len(c.owed) >= carrierStreams {
+	if c.fullLocked() || streams+len(c.owed) >= carrierStreams {
 		return errCarrierFull
 	}
 	c.owed = append(c.owed, now)
 	c.lanes++
+	c.member.carried++
+	c.server.carried++
 	return nil
+}
+
+// fullLocked reports whether it takes no more lanes.
+func (c *carrier) fullLocked() bool {
+	most := c.server.Limits.Carried
+	return c.lanes >= carrierLanes || c.server.carried >= most || c.member.carried >= max(most/2, 1)
 }
 
 // owes counts a stream that has come, and is false when none was offered.
@@ -233,6 +242,8 @@ func (c *carrier) owes() bool {
 func (c *carrier) give() {
 	c.server.mu.Lock()
 	c.lanes--
+	c.member.carried--
+	c.server.carried--
 	last := c.retired && c.lanes == 0
 	c.server.mu.Unlock()
 	if last {

@@ -72,7 +72,7 @@ func pipedSession(t *testing.T) (*yamux.Session, net.Conn) {
 // Each offer is good for a stream, which may come late: one that is not answered counts as one for a minute.
 func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 	session, _ := pipedSession(t)
-	c := &carrier{server: new(Server), session: session}
+	c := &carrier{server: &Server{Limits: Limits{Carried: DefaultCarried}}, member: new(member), session: session}
 	offer := func() (n int) {
 		for c.reserve() == nil {
 			n++
@@ -125,7 +125,7 @@ func TestAStuckCarrierThatIsAskedForRoomHoldsNobodyElseUp(t *testing.T) {
 		}
 	}()
 	waits(t, "select", "yamux.(*Session).sendNoWait(")
-	c := &carrier{server: new(Server), session: session}
+	c := &carrier{server: &Server{Limits: Limits{Carried: DefaultCarried}}, member: new(member), session: session}
 	asked := make(chan struct{})
 	go func() {
 		defer close(asked)
@@ -166,9 +166,9 @@ func waits(t *testing.T, what, function string) {
 func TestOutletsWithoutRoomAreNotCountedAsAsked(t *testing.T) {
 	session, _ := pipedSession(t)
 	key := poolKey{name: AuthorityName}
-	s := &Server{Limits: Limits{LanesEach: 1}, pools: map[poolKey]*pool{key: {members: map[*registration]struct{}{}}}}
+	s := &Server{Limits: Limits{LanesEach: 1, Carried: DefaultCarried}, pools: map[poolKey]*pool{key: {members: map[*registration]struct{}{}}}}
 	for range 3 * meetings {
-		c := &carrier{server: s, session: session}
+		c := &carrier{server: s, member: new(member), session: session}
 		// One that is forgotten by whoever looks, and as many as leave no room.
 		c.owed = append([]time.Time{time.Now().Add(-owedTime - time.Second)}, slices.Repeat([]time.Time{time.Now()}, carrierStreams)...)
 		s.pools[key].members[&registration{server: s, key: key, member: new(member), carrier: c}] = struct{}{}
@@ -183,5 +183,43 @@ func TestOutletsWithoutRoomAreNotCountedAsAsked(t *testing.T) {
 		if r.member.lanes != 0 {
 			t.Errorf("one has %d lanes", r.member.lanes)
 		}
+	}
+}
+
+// What lanes in carriers may hold is bounded over all of them; half of it is one identity's.
+func TestLanesInCarriersAreBoundedOverAllCarriers(t *testing.T) {
+	s := &Server{Limits: Limits{Carried: 5 * carrierLanes}}
+	var all []*carrier
+	take := func(m *member, carriers int) (n int) {
+		for range carriers {
+			session, _ := pipedSession(t)
+			c := &carrier{server: s, member: m, session: session}
+			for c.reserve() == nil {
+				n++
+			}
+			if full := (&registration{carrier: c}).full(); !full {
+				t.Error("one that takes no more is not full")
+			}
+			all = append(all, c)
+		}
+		return n
+	}
+	one, other := new(member), new(member)
+	if n := take(one, 4); n != 5*carrierLanes/2 {
+		t.Errorf("one identity has %d lanes in carriers", n)
+	}
+	if n := take(other, 4); n != 5*carrierLanes/2 {
+		t.Errorf("another has %d", n)
+	}
+	if n := take(new(member), 1); n != 0 {
+		t.Errorf("a third has %d beyond all", n)
+	}
+	for _, c := range all {
+		for c.lanes > 0 {
+			c.give()
+		}
+	}
+	if s.carried != 0 || one.carried != 0 || other.carried != 0 {
+		t.Errorf("%d, %d and %d are left", s.carried, one.carried, other.carried)
 	}
 }

@@ -414,7 +414,7 @@ func (f *far) release() {
 var (
 	errNobody      = errors.New("nobody serves it here now")
 	errGaveUp      = errors.New("the caller gave up")
-	errCarrierFull = fmt.Errorf("nobody who serves it has room in its carrier, which takes %d lanes", carrierLanes)
+	errCarrierFull = fmt.Errorf("nobody who serves it has room in its carrier, which takes %d lanes, or fewer where this relay has many or little memory", carrierLanes)
 )
 
 // await returns when somebody serves the name, or after a while why nobody does.

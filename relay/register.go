@@ -47,7 +47,7 @@ type registration struct {
 }
 
 // full reports whether its carrier takes no more lanes. Under the server's lock.
-func (r *registration) full() bool { return r.carrier != nil && r.carrier.lanes >= carrierLanes }
+func (r *registration) full() bool { return r.carrier != nil && r.carrier.fullLocked() }
 
 // register is asked to take somebody up who serves a name.
 func (s *Server) register(l *link.Live, in *stream.Incoming) {

@@ -37,6 +37,10 @@ type Limits struct {
 	// LanesEach is how many of them one identity may have asked for, and how many
 	// may lead to one; default 2,048.
 	LanesEach int
+	// Carried is how many of them may lead into carriers, half of those to one identity:
+	// yamux keeps what the caller's side does not take, up to a window of 1 MiB in a buffer
+	// that doubles. Default 1,024.
+	Carried int
 	// Outstanding is how many lanes an identity may have asked for that have not
 	// been joined; default 16. Each holds an id, a goroutine and at most one
 	// connection, for at most some 20 s.
@@ -51,8 +55,11 @@ type Limits struct {
 // answers in a moment.
 const foreignShare = 8
 
-// DefaultLanes is the default of Limits.Lanes.
-const DefaultLanes = 8192
+// DefaultLanes and DefaultCarried are the defaults of Limits.Lanes and Limits.Carried.
+const (
+	DefaultLanes   = 8192
+	DefaultCarried = 1024
+)
 
 // MaxPipes is how many pipes a process has at most, of two descriptors each: one for a direction
 // of a lane while much goes by, or for as long as its reader stops; without one bytes are copied.
@@ -115,6 +122,7 @@ type Server struct {
 	controls map[*link.Live]*control
 	lanes    int           // asked for and not over
 	foreign  int           // of them, those of whoever has shown no credential
+	carried  int           // lanes offered or there in all carriers
 	idle     chan struct{} // closed when lanes became 0; nil: nobody waits
 }
 
@@ -128,7 +136,7 @@ func (s *Server) init() {
 			n    *int
 			more int
 		}{
-			{&s.Limits.Lanes, DefaultLanes}, {&s.Limits.LanesEach, defaultLanesEach},
+			{&s.Limits.Lanes, DefaultLanes}, {&s.Limits.LanesEach, defaultLanesEach}, {&s.Limits.Carried, DefaultCarried},
 			{&s.Limits.Outstanding, defaultOutstanding}, {&s.Limits.Registrations, defaultRegistrations},
 		} {
 			if *l.n <= 0 {

@@ -38,6 +38,7 @@ const (
 	halfOpenCost = 16 << 10 // a lane that has not proved itself
 	channelCost  = 32 << 10 // a confirmed channel without streams
 	laneCost     = 64 << 10 // a joined lane of a relay: a buffer of 16 KiB each way while little goes by, two goroutines
+	carriedCost  = 2 << 20  // such a lane in a carrier whose caller takes nothing: a window of 1 MiB in a buffer that doubles
 	streamCost   = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
 
 	// A joined lane of a relay has two sockets and, while much goes by, a pipe each way: of
@@ -109,8 +110,8 @@ func groupMemory(file, root string) int64 {
 
 // The numbers of link, relay, outlet and inlet share it out: of the descriptors an
 // eighth and a quarter to channels, of the memory a sixteenth and an eighth; a quarter
-// to streams and lanes, and a quarter, twice the budget, to what streams hold. What is
-// left is the program's own.
+// to streams and lanes, and a quarter, twice the budget, to what streams hold; at a relay
+// an eighth to what lanes hold in carriers. What is left is the program's own.
 
 // budget is what streams may hold for readers that are slower: it is reached twice
 // before streams are reset.
@@ -144,7 +145,7 @@ func (r room) relay() relay.Limits {
 	if lanes < relay.DefaultLanes {
 		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n raises it", "lanes", lanes, "descriptors", r.descriptors, "memory", r.memoryText())
 	}
-	return relay.Limits{Lanes: lanes, Link: l}
+	return relay.Limits{Lanes: lanes, Carried: r.fit(relay.DefaultCarried, lanes, r.memory/8/carriedCost), Link: l}
 }
 
 // outlet are the limits of an outlet for which --max-streams says n.

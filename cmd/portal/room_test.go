@@ -20,8 +20,8 @@ func TestWhereThereIsPlentyEveryLimitIsItsDefault(t *testing.T) {
 	if l.HalfOpen != link.DefaultHalfOpen || l.Channels != link.DefaultChannels || l.Stream.Budget.Limit != stream.DefaultBudget {
 		t.Errorf("channels: %+v", l)
 	}
-	if n := r.relay().Lanes; n != relay.DefaultLanes {
-		t.Errorf("%d lanes", n)
+	if l := r.relay(); l.Lanes != relay.DefaultLanes || l.Carried != relay.DefaultCarried {
+		t.Errorf("%d lanes, %d in carriers", l.Lanes, l.Carried)
 	}
 	if n := r.outlet(outlet.DefaultStreams, true).Streams; n != outlet.DefaultStreams {
 		t.Errorf("%d streams of an outlet", n)
@@ -55,11 +55,11 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 	for _, descriptors := range []int{1, 100, 256, 1024, 20000} {
 		for _, memory := range []int64{1 << 20, 32 << 20, 102 << 20, math.MaxInt64} {
 			r := room{descriptors: descriptors, memory: memory, log: slog.New(slog.DiscardHandler)}
-			l, lanes := r.link(), r.relay().Lanes
+			l, lanes, carried := r.link(), r.relay().Lanes, r.relay().Carried
 			out, command := r.outlet(20000, false).Streams, r.outlet(20000, true).Streams
 			var in inlet.Server
 			r.inlet(&in, 20000)
-			for _, n := range []int{l.HalfOpen, l.Channels, lanes, out, command, in.MaxStreams} {
+			for _, n := range []int{l.HalfOpen, l.Channels, lanes, carried, out, command, in.MaxStreams} {
 				if n < 1 {
 					t.Errorf("%d descriptors, %d MiB: a limit of %d", descriptors, memory>>20, n)
 				}
@@ -87,8 +87,8 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 			}
 			channels := int64(l.HalfOpen*halfOpenCost + l.Channels*channelCost)
 			held := 2 * l.Stream.Budget.Limit
-			for role, n := range map[string]int64{"relay": int64(lanes * laneCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
-				if all := channels + held + n; all > memory/4*3 {
+			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*carriedCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
+				if all := channels + held + n; all > memory/16*13 {
 					t.Errorf("%s may be made to hold %d of %d MiB", role, all>>20, memory>>20)
 				}
 			}
