@@ -208,10 +208,8 @@ func TestCurlNoticesEachCutOfADownloadWithoutALength(t *testing.T) {
 	if long() {
 		rounds = 16
 	}
-	x := newCrossing(t)
-	dir := t.TempDir()
 	// fetch fetches a page and says what is wrong with how that ended.
-	fetch := func(addr string, m mark) error {
+	fetch := func(x *crossing, dir, addr string, m mark) error {
 		v := x.expect(m)
 		file := filepath.Join(dir, fmt.Sprint(v.number))
 		defer os.Remove(file)
@@ -235,54 +233,59 @@ func TestCurlNoticesEachCutOfADownloadWithoutALength(t *testing.T) {
 		return nil
 	}
 
-	// Through nothing at all a cut one is a whole one.
-	p, err := proxy.Listen("", x.station.addr())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	p.Arm(proxy.Fault{Kind: proxy.FIN, Direction: proxy.In, At: transfer / 2})
-	if err := fetch(p.Addr(), mark{}); err == nil {
-		t.Error("curl notices an end that is too early: this test would pass whatever happened")
-	}
-
-	cuts := 0
-	for i, carrier := range []string{"dial-back", "yamux"} {
-		k := x.track([]string{"db", "db/1"}[i], carrier)
-		for round := range rounds {
-			for _, kind := range []proxy.Kind{proxy.FIN, proxy.RST, proxy.Flip, proxy.Stall} {
-				if kind == proxy.Stall && !long() && i > 0 {
-					continue // it takes 30 s
-				}
-				ready(t, k.addr)
-				leg := round % 2
-				d := k.hit(kind, leg, true, place(round, rounds))
-				if err := fetch(k.addr, mark{}); err != nil {
-					t.Errorf("%v, leg %d, %s: %v", d, leg, carrier, err)
-				}
-				<-d.Done
-				k.legs[leg].Cut(d.Preface)
-				cuts++
-			}
-			for _, victim := range []struct {
-				name    string
-				process **process.Process
-				restart func()
-			}{
-				{"relay", &x.relay, func() { x.open(x.at) }},
-				{"outlet", &k.out, k.openOutlet},
-				{"inlet", &k.in, k.openInlet},
-			} {
-				ready(t, k.addr)
-				p := *victim.process // restart puts another one there
-				m := mark{1 + rand.IntN(transfer-1), func() { kill(t, p) }}
-				if err := fetch(k.addr, m); err != nil {
-					t.Errorf("%s killed at %d, %s: %v", victim.name, m.n, carrier, err)
-				}
-				victim.restart()
-				cuts++
-			}
+	t.Run("through nothing at all a cut one is a whole one", func(t *testing.T) {
+		x := newCrossing(t)
+		p, err := proxy.Listen("", x.station.addr())
+		if err != nil {
+			t.Fatal(err)
 		}
+		defer p.Close()
+		p.Arm(proxy.Fault{Kind: proxy.FIN, Direction: proxy.In, At: transfer / 2})
+		if err := fetch(x, t.TempDir(), p.Addr(), mark{}); err == nil {
+			t.Error("curl notices an end that is too early: these would pass whatever happened")
+		}
+	})
+	for i, carrier := range []string{"dial-back", "yamux"} {
+		t.Run(carrier, func(t *testing.T) {
+			t.Parallel()
+			x, dir := newCrossing(t), t.TempDir()
+			k := x.track("db", carrier)
+			cuts := 0
+			for round := range rounds {
+				for _, kind := range []proxy.Kind{proxy.FIN, proxy.RST, proxy.Flip, proxy.Stall} {
+					if kind == proxy.Stall && !long() && i > 0 {
+						continue // it takes 30 s
+					}
+					ready(t, k.addr)
+					leg := round % 2
+					d := k.hit(kind, leg, true, place(round, rounds))
+					if err := fetch(x, dir, k.addr, mark{}); err != nil {
+						t.Errorf("%v, leg %d: %v", d, leg, err)
+					}
+					<-d.Done
+					k.legs[leg].Cut(d.Preface)
+					cuts++
+				}
+				for _, victim := range []struct {
+					name    string
+					process **process.Process
+					restart func()
+				}{
+					{"relay", &x.relay, func() { x.open(x.at) }},
+					{"outlet", &k.out, k.openOutlet},
+					{"inlet", &k.in, k.openInlet},
+				} {
+					ready(t, k.addr)
+					p := *victim.process // restart puts another one there
+					m := mark{1 + rand.IntN(transfer-1), func() { kill(t, p) }}
+					if err := fetch(x, dir, k.addr, m); err != nil {
+						t.Errorf("%s killed at %d: %v", victim.name, m.n, err)
+					}
+					victim.restart()
+					cuts++
+				}
+			}
+			t.Logf("F-01: %d downloads cut, curl notices each", cuts)
+		})
 	}
-	t.Logf("F-01: %d downloads cut, curl notices each", cuts)
 }
