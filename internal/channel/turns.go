@@ -15,8 +15,9 @@ import (
 // them takes the cores from the channels that are there. The zero value is ready.
 //
 // Answers to message 1 have half of the cores at most. For strangers they have an
-// allowance: half a second of each core at once, then a thirty-second of its time, of which
-// what is verified behind them takes its part. Whoever proves himself gives both back, so that members are never held up
+// allowance: half a second of each core at once, then a thirty-second of its time. Proofs that
+// take longer than an answer have as much again, for which nobody else waits. Whoever proves
+// himself gives back what he took, so that members are never held up
 // by their number; towards an authority nobody shows a credential, and all are
 // strangers. Those that wait take turns by source, sources that have proved themselves
 // before three times as often as all others together.
@@ -24,9 +25,10 @@ type Turns struct {
 	once    sync.Once // of begin
 	mu      sync.Mutex
 	cores   int
-	running int           // answers that are computed now
-	spent   time.Duration // of the allowance
-	at      time.Time     // of spent
+	running int // answers that are computed now
+	answers allowance
+	proofs  allowance     // of long proofs
+	queue   chan struct{} // one of those looks at the allowance, the others wait behind it
 	price   time.Duration // of an answer: the least that one has taken; others had the core in the rest of a longer one
 	turn    uint          // how many there have been
 	// Who waits: sources in the order of their turns, those that are known apart.
@@ -47,7 +49,35 @@ const (
 	// verifiedBytes of message 3 take as long as an answer: one change of a history, some 205
 	// bytes, is two signatures (0.24 ms for 1 change and 2.08 for 16, beside answers of 0.25).
 	verifiedBytes = 400
+	// Up to shortProof bytes, which are two changes, nobody waits: there is an answer for each.
+	shortProof = 600
 )
+
+// An allowance is what strangers may have computed: a burst, then a part of the time.
+type allowance struct {
+	spent time.Duration
+	at    time.Time // of spent
+}
+
+// wait is how long it takes until there is room for one more at such a price; at most 0: there is.
+func (a *allowance) wait(cores int, price time.Duration) time.Duration {
+	const per = strangersShare
+	n := time.Duration(cores)
+	now := time.Now()
+	if now.Before(a.at) {
+		a.at = now
+	}
+	back := now.Sub(a.at) * n / per
+	a.at = a.at.Add(back * per / n) // what is less than a nanosecond of it is counted next time
+	if a.spent -= back; a.spent <= 0 {
+		a.spent, a.at = 0, now
+	}
+	over := a.spent + price - strangersBurst*n
+	if over <= 0 {
+		return 0
+	}
+	return over*per/n + per // rounded up: a timer that comes too early finds nothing new
+}
 
 // A source is an address that answers are waited for from, each a *waiter.
 type source struct {
@@ -65,9 +95,11 @@ type waiter struct {
 func (t *Turns) begin() {
 	t.once.Do(func() {
 		t.cores = runtime.GOMAXPROCS(0)
-		t.at = time.Now()
+		t.answers.at = time.Now()
+		t.proofs.at = t.answers.at
 		t.sources, t.known = make(map[string]*list.Element), make(map[string]struct{})
 		t.lasts = make(chan struct{}, t.half())
+		t.queue = make(chan struct{}, 1)
 	})
 }
 
@@ -91,7 +123,7 @@ func (t *Turns) first(ctx context.Context, name string) error {
 	defer t.mu.Unlock()
 	if w.self == nil { // both at once
 		t.running--
-		t.spent -= t.price
+		t.answers.spent -= t.price
 		t.next()
 	} else {
 		t.take(w)
@@ -145,7 +177,7 @@ func (t *Turns) next() {
 		if e == nil {
 			return
 		}
-		if wait := t.wait(); wait > 0 {
+		if wait := t.answers.wait(t.cores, t.price); wait > 0 {
 			if t.wake == nil {
 				t.wake = time.AfterFunc(wait, func() {
 					t.mu.Lock()
@@ -160,29 +192,9 @@ func (t *Turns) next() {
 		t.take(w)
 		t.turn++
 		t.running++
-		t.spent += t.price
+		t.answers.spent += t.price
 		close(w.ready)
 	}
-}
-
-// wait is how long it takes until the allowance has room for one more; at most 0: it has.
-func (t *Turns) wait() time.Duration {
-	const per = strangersShare
-	cores := time.Duration(t.cores)
-	now := time.Now()
-	if now.Before(t.at) {
-		t.at = now
-	}
-	back := now.Sub(t.at) * cores / per
-	t.at = t.at.Add(back * per / cores) // what is less than a nanosecond of it is counted next time
-	if t.spent -= back; t.spent <= 0 {
-		t.spent, t.at = 0, now
-	}
-	over := t.spent + t.price - strangersBurst*cores
-	if over <= 0 {
-		return 0
-	}
-	return over*per/cores + per // rounded up: a timer that comes too early finds nothing new
 }
 
 // done ends an answer that took so long; 0: there was none to give.
@@ -196,22 +208,42 @@ func (t *Turns) done(took time.Duration) {
 	t.next()
 }
 
-// charge takes from the allowance what it costs to verify n bytes. It holds nobody up who
-// had an answer, but those who come behind.
-func (t *Turns) charge(n int) (cost time.Duration) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	cost = t.price * time.Duration(n) / verifiedBytes
-	t.spent += cost
-	return cost
+// long waits until the allowance has room for a proof of n bytes, and takes its cost.
+func (t *Turns) long(ctx context.Context, n int) (cost time.Duration, err error) {
+	select {
+	case t.queue <- struct{}{}:
+		defer func() { <-t.queue }()
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+	for {
+		t.mu.Lock()
+		cost = t.price * time.Duration(n) / verifiedBytes
+		wait := t.proofs.wait(t.cores, cost)
+		if wait <= 0 {
+			t.proofs.spent += cost
+		}
+		t.mu.Unlock()
+		if wait <= 0 {
+			return cost, nil
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return 0, context.Cause(ctx)
+		}
+	}
 }
 
-// proved gives back the answer to a source that has proved itself since, and what verifying
-// it was charged, and remembers the source. Of too many one is forgotten, by chance.
-func (t *Turns) proved(name string, verified time.Duration) {
+// proved gives back the answer to a source that has proved itself since, and what its proof
+// cost, and remembers the source. Of too many one is forgotten, by chance.
+func (t *Turns) proved(name string, proof time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.spent -= t.price + verified
+	t.answers.spent -= t.price
+	t.proofs.spent -= proof
 	t.next()
 	t.remember(name)
 }
@@ -267,17 +299,24 @@ func (o *opening) answer(f func() error) error {
 	})
 }
 
-// verify runs f, which verifies n bytes that came behind message 2, when it is its turn.
+// verify runs f, which verifies what came behind message 2, when it is its turn: n bytes of
+// proof, 0 for what has none of its sender's making.
 func (o *opening) verify(n int, f func() error) error {
 	t := o.config.Turns
 	if t == nil {
 		return o.compute(f)
 	}
 	t.begin()
+	if n > shortProof {
+		cost, err := t.long(o.ctx, n)
+		if err != nil {
+			return lost(err)
+		}
+		o.proof = cost
+	}
 	select {
 	case t.lasts <- struct{}{}:
 		defer func() { <-t.lasts }()
-		o.charged += t.charge(n)
 		return o.compute(f)
 	case <-o.ctx.Done():
 		return lost(context.Cause(o.ctx))

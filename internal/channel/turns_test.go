@@ -34,7 +34,7 @@ func lane(t *testing.T, ctx context.Context, turns *Turns, source string) (o *op
 // spend uses up what strangers may compute at once, by answers of a millisecond.
 func spend(turns *Turns) {
 	turns.begin()
-	turns.spent = strangersBurst * time.Duration(turns.cores)
+	turns.answers.spent = strangersBurst * time.Duration(turns.cores)
 	turns.price = time.Millisecond
 }
 
@@ -107,11 +107,10 @@ func TestHalfOfTheCoresComputeAtOnceAtMost(t *testing.T) {
 	}
 }
 
-// Strangers have half a second of each core and a thirty-second of its time then, for answers and for
-// what is verified behind them. Whoever proves himself gives back what he took, and is held up by
-// nobody's number.
+// Strangers have half a second of each core and a thirty-second of its time then, and as much for long
+// proofs. Whoever proves himself gives back what he took, and is held up by nobody's number.
 func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
-	const cores, each, longest = 2, 10 * time.Millisecond, 9 * verifiedBytes
+	const cores, each, long = 2, 10 * time.Millisecond, 9
 	answers := func(t *testing.T, turns *Turns, proves bool, message int, until time.Duration) (n int) {
 		ctx, cancel := context.WithTimeout(t.Context(), until)
 		defer cancel()
@@ -126,24 +125,24 @@ func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
 				return n
 			}
 			if proves {
-				turns.proved(o.config.Source, o.charged)
+				turns.proved(o.config.Source, o.proof)
 			}
 		}
 	}
-	for _, message := range []int{0, verifiedBytes, longest} {
+	for message, parts := range map[int]time.Duration{0: 1, shortProof: 1, long * verifiedBytes: long} {
 		on(t, cores, func(t *testing.T, turns *Turns) {
 			const lasts = 60 * time.Second
 			n := answers(t, turns, false, message, lasts)
-			want := int(cores * (strangersBurst + lasts/strangersShare) / each / time.Duration(1+message/verifiedBytes))
+			want := int(cores * (strangersBurst + lasts/strangersShare) / each / parts)
 			if n < want-1 || n > want+1 {
-				t.Errorf("%d answers to strangers in %v, of whom %d bytes are verified, want %d", n, lasts, message, want)
+				t.Errorf("%d answers to strangers in %v, with proofs of %d bytes, want %d", n, lasts, message, want)
 			}
 		})
 	}
 	on(t, cores, func(t *testing.T, turns *Turns) {
 		const lasts = 5 * time.Second
-		n := answers(t, turns, true, verifiedBytes, lasts)
-		if n < int(lasts/each/2)-1 {
+		n := answers(t, turns, true, long*verifiedBytes, lasts)
+		if n < int(lasts/each/(1+long))-1 {
 			t.Errorf("%d answers to members in %v", n, lasts)
 		}
 		if len(turns.known) != n {
@@ -153,12 +152,13 @@ func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
 }
 
 // Of a history of sixteen changes the signatures take eight times as long as an answer.
-func TestAHandshakeIsChargedForWhatIsVerifiedAndAMemberHasItBack(t *testing.T) {
+func TestALongProofHasAnAllowanceOfItsOwnAndAMemberHasItBack(t *testing.T) {
 	for _, c := range []struct {
 		rotations   int // behind which the credential is nobody's
-		least, most time.Duration
-	}{{0, 0, 0}, {1, 2 * time.Second, 5 * time.Second}, {15, 9 * time.Second, 12 * time.Second}} {
-		on(t, 2, func(t *testing.T, turns *Turns) {
+		answers     time.Duration
+		least, most time.Duration // of the other
+	}{{0, 0, 0, 0}, {1, time.Second, 0, 0}, {15, time.Second, 8 * time.Second, 9 * time.Second}} {
+		on(t, 20, func(t *testing.T, turns *Turns) {
 			a, b := newSides(t)
 			b.config.Turns = turns
 			for range c.rotations {
@@ -170,8 +170,11 @@ func TestAHandshakeIsChargedForWhatIsVerifiedAndAMemberHasItBack(t *testing.T) {
 			if _, err := meet(a, b, x, y); (err != nil) != (c.rotations > 0) {
 				t.Errorf("the responder: %v", err)
 			}
-			if turns.spent < c.least || turns.spent > c.most {
-				t.Errorf("behind %d rotations an allowance of %v is spent, want %v to %v", c.rotations, turns.spent, c.least, c.most)
+			if got := turns.answers.spent; got != c.answers {
+				t.Errorf("behind %d rotations the answer has taken %v, want %v", c.rotations, got, c.answers)
+			}
+			if got := turns.proofs.spent; got < c.least || got > c.most {
+				t.Errorf("behind %d rotations the proof has taken %v, want %v to %v", c.rotations, got, c.least, c.most)
 			}
 			for _, s := range []*side{a, b} {
 				if s.end != nil {
@@ -180,6 +183,45 @@ func TestAHandshakeIsChargedForWhatIsVerifiedAndAMemberHasItBack(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Bytes that claim to be long proofs hold up nobody but long proofs, and go with their lanes.
+func TestALongProofHoldsNobodyElseUp(t *testing.T) {
+	on(t, 2, func(t *testing.T, turns *Turns) {
+		turns.begin()
+		turns.price = time.Millisecond
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		var all sync.WaitGroup
+		waited := 0
+		for range 384 {
+			all.Go(func() {
+				o, end := lane(t, ctx, turns, "10.0.0.1")
+				defer end()
+				if err := o.verify(message3Most, takes(0)); err != nil {
+					turns.mu.Lock()
+					waited++
+					turns.mu.Unlock()
+				}
+			})
+		}
+		synctest.Wait()
+		o, end := lane(t, t.Context(), turns, "a member")
+		defer end()
+		begin := time.Now()
+		check(t, o.answer(takes(time.Millisecond)))
+		check(t, o.verify(shortProof, takes(time.Millisecond)))
+		if d := time.Since(begin); d != 2*time.Millisecond {
+			t.Errorf("a member has its answer and its proof after %v", d)
+		}
+		all.Wait()
+		if waited == 0 {
+			t.Error("nobody waited for long: nothing is proved")
+		}
+		if over := turns.proofs.spent - strangersBurst*2; over > 0 {
+			t.Errorf("%v more are spent than there are", over)
+		}
+	})
 }
 
 func TestSourcesTakeTurnsAndThoseThatAreKnownHaveThreeOfFour(t *testing.T) {
@@ -339,11 +381,11 @@ func TestAWaitThatIsGivenUpCostsNothing(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		before := turns.spent
+		before := turns.answers.spent
 		cancel()
 		all.Wait()
-		if turns.spent > before || len(turns.sources) != 0 || turns.running != 0 {
-			t.Errorf("spent %v, %v before", turns.spent, before)
+		if turns.answers.spent > before || len(turns.sources) != 0 || turns.running != 0 {
+			t.Errorf("spent %v, %v before", turns.answers.spent, before)
 		}
 	})
 }
