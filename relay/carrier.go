@@ -5,9 +5,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -42,7 +44,7 @@ func ParseCarrier(s string) (Carrier, error) {
 
 const (
 	// carrierLanes bounds the lanes of one carrier, and carrierWindow what each may
-	// have on its way: together 64 MiB at each end.
+	// have on its way: together 64 MiB at each end. A relay's may be less (Limits.CarriedWindow).
 	carrierLanes  = 64
 	carrierWindow = 1 << 20
 	// At so many streams nothing is offered: those that are over here and not at the other end hold
@@ -55,12 +57,12 @@ const (
 // carrierConfig settles what yamux's defaults get wrong here: an open that is not
 // acknowledged at once would end the session (StreamOpenTimeout), and a lane that
 // has ended one way has lingerTime for the other.
-func carrierConfig(log *slog.Logger) *yamux.Config {
+func carrierConfig(log *slog.Logger, window int) *yamux.Config {
 	c := yamux.DefaultConfig()
 	c.AcceptBacklog = carrierLanes
 	c.KeepAliveInterval = 10 * time.Second
 	c.ConnectionWriteTimeout = 15 * time.Second
-	c.MaxStreamWindowSize = carrierWindow
+	c.MaxStreamWindowSize = uint32(window)
 	c.StreamOpenTimeout = 0
 	c.StreamCloseTimeout = 2 * lingerTime
 	c.LogOutput, c.Logger = nil, slog.NewLogLogger(log.Handler(), slog.LevelDebug)
@@ -126,8 +128,17 @@ func (c *wary) pinged() bool {
 // until the other end closes too.
 type carried struct {
 	*yamux.Stream
-	once sync.Once
-	over func() // told when it is closed
+	once  sync.Once
+	ended atomic.Bool      // the other end has closed, and all that it sent was read
+	over  func(ended bool) // told when it is closed
+}
+
+func (c *carried) Read(b []byte) (int, error) {
+	n, err := c.Stream.Read(b)
+	if err == io.EOF {
+		c.ended.Store(true)
+	}
+	return n, err
 }
 
 // CloseWrite ends this direction.
@@ -141,7 +152,7 @@ func (c *carried) Close() error {
 		go func() {
 			c.Stream.Close()
 			if c.over != nil {
-				c.over()
+				c.over(c.ended.Load())
 			}
 		}()
 	})
@@ -173,7 +184,7 @@ func (r *registration) attach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	session, err := yamux.Server(&wary{Conn: conn}, carrierConfig(s.log))
+	session, err := yamux.Server(&wary{Conn: conn}, carrierConfig(s.log, s.Limits.CarriedWindow))
 	if err != nil {
 		stream.Abort(conn)
 		return err
@@ -203,7 +214,7 @@ func (c *carrier) retire() {
 	}
 }
 
-// reserve takes a place for a lane that is about to be offered; give gives it back.
+// reserve takes a place for a lane that is about to be offered; over gives it back.
 func (c *carrier) reserve() error {
 	streams := c.session.NumStreams() // not under the lock: yamux may hold its own while it writes
 	now := time.Now()
@@ -239,11 +250,33 @@ func (c *carrier) owes() bool {
 	return true
 }
 
+// over gives back the place of a lane. What it holds is gone when the outlet has closed it, too; else
+// yamux keeps it for StreamCloseTimeout, for as long as the carrier and the relay are there.
+func (c *carrier) over(ended bool) {
+	c.give()
+	if !ended {
+		t := time.NewTimer(2 * lingerTime)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-c.session.CloseChan():
+		case <-c.server.stop.Done():
+		}
+	}
+	c.free()
+}
+
+// free gives back what the lane counted for among the lanes of all carriers.
+func (c *carrier) free() {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	c.member.carried--
+	c.server.carried--
+}
+
 func (c *carrier) give() {
 	c.server.mu.Lock()
 	c.lanes--
-	c.member.carried--
-	c.server.carried--
 	last := c.retired && c.lanes == 0
 	c.server.mu.Unlock()
 	if last {

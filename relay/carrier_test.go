@@ -22,7 +22,7 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 	a, b := net.Pipe() // whoever writes to it waits for a reader
 	defer b.Close()
 	go io.ReadFull(b, make([]byte, 12)) // the stream's beginning, and no more
-	session, err := yamux.Client(a, carrierConfig(slog.New(slog.DiscardHandler)))
+	session, err := yamux.Client(a, carrierConfig(slog.New(slog.DiscardHandler), carrierWindow))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	over, free := make(chan struct{}), make(chan struct{})
-	c := &carried{Stream: y, over: func() { close(over) }}
+	c := &carried{Stream: y, over: func(bool) { close(over) }}
 	go func() {
 		var reader sync.WaitGroup
 		reader.Go(func() { io.ReadAll(c) })
@@ -58,7 +58,7 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 func pipedSession(t *testing.T) (*yamux.Session, net.Conn) {
 	t.Helper()
 	a, b := net.Pipe()
-	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler)))
+	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler), carrierWindow))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 	}
 	giveUp := func(n int) {
 		for range n {
-			c.give()
+			c.over(true)
 		}
 	}
 	if n := offer(); n != carrierLanes {
@@ -98,7 +98,7 @@ func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 	if !c.owes() || offer() != 1 {
 		t.Error("a stream that has come makes no room")
 	}
-	c.give()
+	c.over(true)
 	c.owed = slices.Repeat([]time.Time{time.Now().Add(-owedTime - time.Second)}, carrierStreams)
 	if n := offer(); n != carrierLanes || len(c.owed) != carrierLanes {
 		t.Errorf("%d lanes after a minute, %d offers", n, len(c.owed))
@@ -216,10 +216,39 @@ func TestLanesInCarriersAreBoundedOverAllCarriers(t *testing.T) {
 	}
 	for _, c := range all {
 		for c.lanes > 0 {
-			c.give()
+			c.over(true)
 		}
 	}
 	if s.carried != 0 || one.carried != 0 || other.carried != 0 {
 		t.Errorf("%d, %d and %d are left", s.carried, one.carried, other.carried)
 	}
+}
+
+// A lane that the outlet has not ended keeps what it holds until yamux gives the stream up.
+func TestALaneThatIsNotEndedCountsInAllCarriersUntilItIsGone(t *testing.T) {
+	session, _ := pipedSession(t)
+	s := &Server{Limits: Limits{Carried: DefaultCarried}, stop: t.Context()}
+	c := &carrier{server: s, member: new(member), session: session}
+	check := func(lanes, carried int) {
+		t.Helper()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if c.lanes != lanes || s.carried != carried || c.member.carried != carried {
+			t.Errorf("%d lanes, %d in all carriers, %d of its owner; want %d, %d, %d", c.lanes, s.carried, c.member.carried, lanes, carried, carried)
+		}
+	}
+	for range 2 {
+		if err := c.reserve(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.over(true)
+	check(1, 1)
+	done := make(chan struct{})
+	go func() { c.over(false); close(done) }()
+	waits(t, "select", "relay.(*carrier).over(")
+	check(0, 1)
+	session.Close()
+	<-done
+	check(0, 0)
 }

@@ -161,9 +161,9 @@ func (r *registration) summon(ctx context.Context, key [32]byte) (net.Conn, erro
 	}
 	c, err := r.meet(ctx, key)
 	if lane, ok := c.(*carried); ok {
-		lane.over = r.carrier.give
+		lane.over = r.carrier.over
 	} else { // none, or by a connection of its own
-		r.carrier.give()
+		r.carrier.over(true)
 	}
 	return c, err
 }

@@ -38,9 +38,11 @@ type Limits struct {
 	// may lead to one; default 2,048.
 	LanesEach int
 	// Carried is how many of them may lead into carriers, half of those to one identity:
-	// yamux keeps what the caller's side does not take, up to a window of 1 MiB in a buffer
-	// that doubles. Default 1,024.
+	// yamux keeps what the caller's side does not take, up to a window in a buffer that doubles.
+	// Default 1,024.
 	Carried int
+	// CarriedWindow is that window, in bytes; default 1 MiB, 256 KiB at least.
+	CarriedWindow int
 	// Outstanding is how many lanes an identity may have asked for that have not
 	// been joined; default 16. Each holds an id, a goroutine and at most one
 	// connection, for at most some 20 s.
@@ -137,6 +139,7 @@ func (s *Server) init() {
 			more int
 		}{
 			{&s.Limits.Lanes, DefaultLanes}, {&s.Limits.LanesEach, defaultLanesEach}, {&s.Limits.Carried, DefaultCarried},
+			{&s.Limits.CarriedWindow, carrierWindow},
 			{&s.Limits.Outstanding, defaultOutstanding}, {&s.Limits.Registrations, defaultRegistrations},
 		} {
 			if *l.n <= 0 {

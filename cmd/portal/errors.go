@@ -93,7 +93,7 @@ var causes = map[code][2]string{
 	codeTicketForm:   {"a ticket is cut short, altered or of another version", "copy the whole line again; `portal ticket create` prints it"},
 	codeSecretArg:    {"a ticket stood on the command line, where every user of the host can read it", "give it on stdin (`portal enroll -`), in a file, or in PORTAL_TICKET; and make a new one: this one has been seen"},
 	codeNoHome:       {"nothing says where to keep the identity", "--home DIR or PORTAL_HOME"},
-	codeHomeOpen:     {"a file of the home is not as it must be: others can read it or it is another user's, it is damaged, or missing", "what the message names: a chmod, the owner, a backup"},
+	codeHomeOpen:     {"a file of the home is not as it must be: others can read it, it is another user's, damaged or missing", "what the message names: a chmod, the owner, a backup"},
 	codeNoMember:     {"this home is not a member of any authority", "`portal enroll` with a ticket, or --ticket FILE"},
 	codeOtherAuth:    {"the home belongs to one authority, the ticket or address to another", "use another --home for the other authority"},
 	codeNoAuthority:  {"this home holds no authority", "run it where `portal authority` runs, as the same user and with the same --home"},

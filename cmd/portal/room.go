@@ -39,6 +39,9 @@ const (
 	channelCost  = 32 << 10 // a confirmed channel without streams
 	laneCost     = 64 << 10 // a joined lane of a relay: a buffer of 16 KiB each way while little goes by, two goroutines
 	carriedCost  = 2 << 20  // such a lane in a carrier whose caller takes nothing: a window of 1 MiB in a buffer that doubles
+	// Where memory is short a window has 256 KiB, which is yamux's least: slower over long lines, and four lanes for one.
+	narrowWindow = 256 << 10
+	narrowCost   = 2 * narrowWindow
 	streamCost   = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
 
 	// A joined lane of a relay has two sockets and, while much goes by, a pipe each way: of
@@ -142,10 +145,15 @@ func (r room) relay() relay.Limits {
 	left := r.left(l.HalfOpen, l.Channels)
 	left = max(left/(laneDescriptors+2*pipeDescriptors), (left-relay.MaxPipes*pipeDescriptors)/laneDescriptors)
 	lanes := r.fit(relay.DefaultLanes, left, r.memory/4/laneCost)
-	if lanes < relay.DefaultLanes {
-		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n raises it", "lanes", lanes, "descriptors", r.descriptors, "memory", r.memoryText())
+	carried, window := r.fit(relay.DefaultCarried, lanes, r.memory/8/carriedCost), 0
+	if r.memory/8/carriedCost < relay.DefaultCarried {
+		carried, window = r.fit(relay.DefaultCarried, lanes, r.memory/8/narrowCost), narrowWindow
 	}
-	return relay.Limits{Lanes: lanes, Carried: r.fit(relay.DefaultCarried, lanes, r.memory/8/carriedCost), Link: l}
+	if lanes < relay.DefaultLanes || carried < relay.DefaultCarried {
+		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n or more memory raises it",
+			"lanes", lanes, "in carriers", carried, "descriptors", r.descriptors, "memory", r.memoryText())
+	}
+	return relay.Limits{Lanes: lanes, Carried: carried, CarriedWindow: window, Link: l}
 }
 
 // outlet are the limits of an outlet for which --max-streams says n.

@@ -20,7 +20,7 @@ func TestWhereThereIsPlentyEveryLimitIsItsDefault(t *testing.T) {
 	if l.HalfOpen != link.DefaultHalfOpen || l.Channels != link.DefaultChannels || l.Stream.Budget.Limit != stream.DefaultBudget {
 		t.Errorf("channels: %+v", l)
 	}
-	if l := r.relay(); l.Lanes != relay.DefaultLanes || l.Carried != relay.DefaultCarried {
+	if l := r.relay(); l.Lanes != relay.DefaultLanes || l.Carried != relay.DefaultCarried || l.CarriedWindow != 0 {
 		t.Errorf("%d lanes, %d in carriers", l.Lanes, l.Carried)
 	}
 	if n := r.outlet(outlet.DefaultStreams, true).Streams; n != outlet.DefaultStreams {
@@ -87,7 +87,7 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 			}
 			channels := int64(l.HalfOpen*halfOpenCost + l.Channels*channelCost)
 			held := 2 * l.Stream.Budget.Limit
-			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*carriedCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
+			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*narrowCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
 				if all := channels + held + n; all > memory/16*13 {
 					t.Errorf("%s may be made to hold %d of %d MiB", role, all>>20, memory>>20)
 				}
