@@ -409,7 +409,11 @@ func (d *desk) do(ctx context.Context, method string, params json.RawMessage) (a
 		}
 		return d.create(ctx, r)
 	case "ticket.list":
-		return d.server.Tickets(ctx)
+		var after ticketCursor
+		if err := json.Unmarshal(params, &after); len(params) > 0 && err != nil {
+			return nil, err
+		}
+		return d.list(ctx, after)
 	case "ticket.revoke":
 		var ref string
 		if err := json.Unmarshal(params, &ref); err != nil {
@@ -418,6 +422,37 @@ func (d *desk) do(ctx context.Context, method string, params json.RawMessage) (a
 		return nil, d.server.RevokeTicket(ctx, ref)
 	}
 	return nil, fmt.Errorf("the authority knows no %q", method)
+}
+
+// ticketPage is how many bytes of tickets one answer has: half of what an answer may
+// have. One ticket has some 4 KiB at most.
+const ticketPage = 512 << 10
+
+// ticketCursor is the last ticket that was listed; the zero one asks for the first.
+type ticketCursor struct {
+	Created time.Time `json:"created"`
+	Ref     string    `json:"ref"`
+}
+
+// list is the tickets behind a cursor, as many as fit; none behind the last.
+func (d *desk) list(ctx context.Context, after ticketCursor) ([]json.RawMessage, error) {
+	tickets, err := d.server.Tickets(ctx)
+	if err != nil {
+		return nil, err
+	}
+	page := []json.RawMessage{}
+	size := 0
+	for _, t := range authority.TicketsAfter(tickets, after.Created, after.Ref) {
+		b, err := json.Marshal(t)
+		if err != nil {
+			return nil, err
+		}
+		if size += len(b) + 1; size > ticketPage && len(page) > 0 {
+			break
+		}
+		page = append(page, b)
+	}
+	return page, nil
 }
 
 // askAuthority asks the authority of a home: the process that runs it, or the

@@ -200,14 +200,21 @@ func (o outFile) write(ticket string) error {
 
 // listTickets lists what the authority remembers, newest first.
 func listTickets(ctx context.Context, s *session, home string) error {
-	var tickets []authority.TicketInfo
-	if err := askAuthority(ctx, s, home, "ticket.list", nil, &tickets); err != nil {
-		return err
+	tickets := []authority.TicketInfo{}
+	for after := (ticketCursor{}); ; {
+		var page []authority.TicketInfo
+		if err := askAuthority(ctx, s, home, "ticket.list", after, &page); err != nil {
+			return err
+		}
+		// Of an authority's process that knows no cursor each page is the first.
+		if len(page) == 0 || len(tickets) > 0 && page[0].Ref == tickets[0].Ref {
+			break
+		}
+		tickets = append(tickets, page...)
+		last := page[len(page)-1]
+		after = ticketCursor{Created: last.Created, Ref: last.Ref}
 	}
 	if s.json {
-		if tickets == nil {
-			tickets = []authority.TicketInfo{}
-		}
 		return s.document(tickets)
 	}
 	w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)

@@ -2,6 +2,7 @@ package authority
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base32"
 	"fmt"
@@ -227,8 +228,26 @@ func (s *Server) Tickets(ctx context.Context) ([]TicketInfo, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing tickets: %w", err)
 	}
-	slices.SortStableFunc(list, func(a, b TicketInfo) int { return b.Created.Compare(a.Created) })
+	slices.SortFunc(list, func(a, b TicketInfo) int { return a.order(b.Created, b.Ref) })
 	return list, nil
+}
+
+// TicketsAfter is what stands in Tickets behind the ticket that was created then and is called ref, whether it
+// is still there or not; the zero time is before all.
+func TicketsAfter(list []TicketInfo, created time.Time, ref string) []TicketInfo {
+	if created.IsZero() {
+		return list
+	}
+	i := slices.IndexFunc(list, func(t TicketInfo) bool { return t.order(created, ref) > 0 })
+	if i < 0 {
+		return nil
+	}
+	return list[i:]
+}
+
+// order is that of listings: the newest first, then by name.
+func (t TicketInfo) order(created time.Time, ref string) int {
+	return cmp.Or(created.Compare(t.Created), strings.Compare(t.Ref, ref))
 }
 
 // RevokeTicket takes what is left of the ticket that listings call ref; members that it made stay members. To revoke one
