@@ -28,6 +28,7 @@ type changeData struct {
 type history struct {
 	raw    []byte
 	hashes [][32]byte // of the data of each change, first to last
+	whole  [][32]byte // of each change with its signatures
 	key    ed25519.PublicKey
 }
 
@@ -50,7 +51,11 @@ func (h *history) extends(o *history) bool {
 }
 
 // parseHistory decodes and verifies a history; it keeps a copy of raw.
-func parseHistory(raw []byte) (*history, error) {
+func parseHistory(raw []byte) (*history, error) { return parseHistoryOf(ID{}, nil, raw) }
+
+// parseHistoryOf is parseHistory of what has to be id's history, unless that is zero: another's costs no
+// signature. Changes that known has were verified before, and are not again.
+func parseHistoryOf(id ID, known *history, raw []byte) (*history, error) {
 	if len(raw) > MaxHistory {
 		return nil, fmt.Errorf("%w: a history of %d bytes; at most %d are read", ErrMalformed, len(raw), MaxHistory)
 	}
@@ -79,7 +84,13 @@ func parseHistory(raw []byte) (*history, error) {
 		}
 		keys[[32]byte(d.Key)] = true
 
+		hash := sha256.Sum256(c.Data)
+		whole := sha256.Sum256(slices.Concat(c.Data, c.Signature, c.Old))
+		before := known != nil && i < len(known.hashes) && known.hashes[i] == hash && known.whole[i] == whole && len(c.Signature) == ed25519.SignatureSize
 		if i == 0 {
+			if !id.IsZero() && hash != id {
+				return nil, fmt.Errorf("%w: it is of %s", ErrMalformed, ID(hash).Short())
+			}
 			if len(d.Previous) != 0 || len(c.Old) != 0 {
 				return nil, fmt.Errorf("%w: the first change follows another", ErrMalformed)
 			}
@@ -87,15 +98,15 @@ func parseHistory(raw []byte) (*history, error) {
 			if latest := h.latest(); string(d.Previous) != string(latest[:]) {
 				return nil, fmt.Errorf("%w: change %d does not follow the one before", ErrMalformed, i)
 			}
-			if !verify(h.key, c.Old, labelRotation, c.Data) {
+			if !before && !verify(h.key, c.Old, labelRotation, c.Data) {
 				return nil, fmt.Errorf("change %d: %w", i, ErrSignature)
 			}
 		}
-		if !verify(d.Key, c.Signature, labelChange, c.Data) {
+		if !before && !verify(d.Key, c.Signature, labelChange, c.Data) {
 			return nil, fmt.Errorf("change %d: %w", i, ErrSignature)
 		}
 		h.key = d.Key
-		h.hashes = append(h.hashes, sha256.Sum256(c.Data))
+		h.hashes, h.whole = append(h.hashes, hash), append(h.whole, whole)
 	}
 	return h, nil
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -307,5 +308,57 @@ func TestCredentialRoundTripKeepsTypes(t *testing.T) {
 	attrs["teams"].([]string)[0] = "changed"
 	if c.Attributes["teams"].([]string)[0] != "b" {
 		t.Error("the credential shares the caller's list")
+	}
+}
+
+// What a stranger shows as an authority's history costs no signature before it is that authority's, and none that
+// was verified before.
+func TestSignaturesOfAHistoryAreVerifiedOnceAndOnlyOfWhomItHasToBe(t *testing.T) {
+	s := newSelf(t)
+	for range 3 {
+		rotate(t, s)
+	}
+	breaks := func(i int) []byte {
+		var changes []change
+		if err := decode(s.History(), &changes); err != nil {
+			t.Fatal(err)
+		}
+		changes[i].Signature[0] ^= 1
+		return encode(changes)
+	}
+	known, err := parseHistory(s.History())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range known.hashes {
+		broken := breaks(i)
+		if _, err := parseHistoryOf(newSelf(t).ID(), nil, broken); !errors.Is(err, ErrMalformed) {
+			t.Errorf("another's, with change %d broken: %v", i, err)
+		}
+		for _, seen := range []*history{nil, known} {
+			if _, err := parseHistoryOf(s.ID(), seen, broken); !errors.Is(err, ErrSignature) {
+				t.Errorf("change %d broken, known before %v: %v", i, seen != nil, err)
+			}
+		}
+		// As if the broken one had been verified.
+		var changes []change
+		if err := decode(broken, &changes); err != nil {
+			t.Fatal(err)
+		}
+		same := *known
+		same.whole = slices.Clone(known.whole)
+		same.whole[i] = sha256.Sum256(slices.Concat(changes[i].Data, changes[i].Signature, changes[i].Old))
+		h, err := parseHistoryOf(s.ID(), &same, broken)
+		if err != nil || h.latest() != s.Latest() {
+			t.Errorf("change %d is verified again: %v", i, err)
+		}
+	}
+	shorter := *known
+	shorter.hashes, shorter.whole = known.hashes[:2], known.whole[:2]
+	if h, err := parseHistoryOf(s.ID(), &shorter, s.History()); err != nil || !h.extends(known) {
+		t.Errorf("a longer one: %v", err)
+	}
+	if _, err := parseHistoryOf(s.ID(), &shorter, breaks(2)); !errors.Is(err, ErrSignature) {
+		t.Errorf("a longer one with the new change broken: %v", err)
 	}
 }

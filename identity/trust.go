@@ -110,12 +110,9 @@ func (t *Trust) learn(id ID, raw []byte) (*history, error) {
 	if known != nil && bytes.Equal(known.raw, raw) {
 		return known, nil
 	}
-	h, err := parseHistory(raw)
+	h, err := parseHistoryOf(id, known, raw)
 	if err != nil {
 		return nil, err
-	}
-	if h.id() != id {
-		return nil, fmt.Errorf("%w: it is of %s", ErrMalformed, h.id().Short())
 	}
 
 	t.mu.Lock()
