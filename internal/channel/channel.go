@@ -142,7 +142,7 @@ type opening struct {
 	peer     *identity.Peer
 	shown    *identity.Credential // ours, as it went into the confirmation
 	rtt      time.Duration
-	proof    time.Duration // what verifying a long one cost the strangers' allowance
+	back     func() // gives back what a long proof took of its allowance; nil: nothing
 }
 
 func begin(ctx context.Context, lane net.Conn, c *Config, steps func(*opening) error) (*End, error) {
@@ -282,7 +282,10 @@ func (o *opening) respond(p Preface) error {
 		return err
 	}
 	if c.Turns != nil && o.peer.Credential() != nil {
-		c.Turns.proved(c.Source, o.proof)
+		c.Turns.proved(c.Source)
+		if o.back != nil {
+			o.back()
+		}
 	}
 	return nil
 }

@@ -16,8 +16,8 @@ import (
 //
 // Answers to message 1 have half of the cores at most. For strangers they have an
 // allowance: half a second of each core at once, then a thirty-second of its time. Proofs that
-// take longer than an answer have as much again, for which nobody else waits. Whoever proves
-// himself gives back what he took, so that members are never held up
+// take longer than an answer have as much again, for which nobody else waits, and those of known
+// sources as much once more. Whoever proves himself gives back what he took, so that members are never held up
 // by their number; towards an authority nobody shows a credential, and all are
 // strangers. Those that wait take turns by source, sources that have proved themselves
 // before three times as often as all others together.
@@ -27,10 +27,10 @@ type Turns struct {
 	cores   int
 	running int // answers that are computed now
 	answers allowance
-	proofs  allowance     // of long proofs
-	queue   chan struct{} // one of those looks at the allowance, the others wait behind it
-	price   time.Duration // of an answer: the least that one has taken; others had the core in the rest of a longer one
-	turn    uint          // how many there have been
+	// Of long proofs: of strangers, and of sources that have proved themselves.
+	proofs [2]proofs
+	price  time.Duration // of an answer: the least that one has taken; others had the core in the rest of a longer one
+	turn   uint          // how many there have been
 	// Who waits: sources in the order of their turns, those that are known apart.
 	waiting [2]list.List             // of *source
 	sources map[string]*list.Element // in waiting; those without a name are not in it
@@ -51,12 +51,19 @@ const (
 	verifiedBytes = 400
 	// Up to shortProof bytes, which are two changes, nobody waits: there is an answer for each.
 	shortProof = 600
+	longLook   = 50 * time.Millisecond
 )
 
 // An allowance is what strangers may have computed: a burst, then a part of the time.
 type allowance struct {
 	spent time.Duration
 	at    time.Time // of spent
+}
+
+// proofs are the long ones of a class. One of them looks at the allowance, the others wait behind it.
+type proofs struct {
+	allowance
+	queue chan struct{}
 }
 
 // wait is how long it takes until there is room for one more at such a price; at most 0: there is.
@@ -96,10 +103,11 @@ func (t *Turns) begin() {
 	t.once.Do(func() {
 		t.cores = runtime.GOMAXPROCS(0)
 		t.answers.at = time.Now()
-		t.proofs.at = t.answers.at
+		for i := range t.proofs {
+			t.proofs[i] = proofs{allowance{at: t.answers.at}, make(chan struct{}, 1)}
+		}
 		t.sources, t.known = make(map[string]*list.Element), make(map[string]struct{})
 		t.lasts = make(chan struct{}, t.half())
-		t.queue = make(chan struct{}, 1)
 	})
 }
 
@@ -208,42 +216,51 @@ func (t *Turns) done(took time.Duration) {
 	t.next()
 }
 
-// long waits until the allowance has room for a proof of n bytes, and takes its cost.
-func (t *Turns) long(ctx context.Context, n int) (cost time.Duration, err error) {
+// long waits until the allowance has room for a proof of n bytes from a source, and takes its cost, which back
+// gives back.
+func (t *Turns) long(ctx context.Context, name string, n int) (back func(), err error) {
+	class := &t.proofs[0]
+	if t.Known(name) {
+		class = &t.proofs[1]
+	}
 	select {
-	case t.queue <- struct{}{}:
-		defer func() { <-t.queue }()
+	case class.queue <- struct{}{}:
+		defer func() { <-class.queue }()
 	case <-ctx.Done():
-		return 0, context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	}
 	for {
 		t.mu.Lock()
-		cost = t.price * time.Duration(n) / verifiedBytes
-		wait := t.proofs.wait(t.cores, cost)
+		// At most all that there is: the price may be from a busy moment.
+		cost := min(t.price*time.Duration(n)/verifiedBytes, strangersBurst*time.Duration(t.cores))
+		wait := class.wait(t.cores, cost)
 		if wait <= 0 {
-			t.proofs.spent += cost
+			class.spent += cost
 		}
 		t.mu.Unlock()
 		if wait <= 0 {
-			return cost, nil
+			return func() {
+				t.mu.Lock()
+				defer t.mu.Unlock()
+				class.spent -= cost
+			}, nil
 		}
-		timer := time.NewTimer(wait)
+		timer := time.NewTimer(min(wait, longLook)) // the price may fall, and what was taken come back
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return 0, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
 }
 
-// proved gives back the answer to a source that has proved itself since, and what its proof
-// cost, and remembers the source. Of too many one is forgotten, by chance.
-func (t *Turns) proved(name string, proof time.Duration) {
+// proved gives back the answer to a source that has proved itself since, and remembers
+// the source. Of too many one is forgotten, by chance.
+func (t *Turns) proved(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.answers.spent -= t.price
-	t.proofs.spent -= proof
 	t.next()
 	t.remember(name)
 }
@@ -308,17 +325,20 @@ func (o *opening) verify(n int, f func() error) error {
 	}
 	t.begin()
 	if n > shortProof {
-		cost, err := t.long(o.ctx, n)
+		back, err := t.long(o.ctx, o.config.Source, n)
 		if err != nil {
 			return lost(err)
 		}
-		o.proof = cost
+		o.back = back
 	}
 	select {
 	case t.lasts <- struct{}{}:
 		defer func() { <-t.lasts }()
 		return o.compute(f)
 	case <-o.ctx.Done():
+		if o.back != nil {
+			o.back() // nothing was verified
+		}
 		return lost(context.Cause(o.ctx))
 	}
 }

@@ -59,7 +59,7 @@ func TestWhoIsKnownMayBeAskedAtAnyTime(t *testing.T) {
 			o, end := lane(t, t.Context(), turns, "a")
 			defer end()
 			check(t, o.answer(takes(time.Millisecond)))
-			turns.proved("b", 0)
+			turns.proved("b")
 		})
 		both.Wait()
 		if !turns.Known("b") {
@@ -125,7 +125,10 @@ func TestStrangersHaveAnAllowanceAndMembersNone(t *testing.T) {
 				return n
 			}
 			if proves {
-				turns.proved(o.config.Source, o.proof)
+				turns.proved(o.config.Source)
+				if o.back != nil {
+					o.back()
+				}
 			}
 		}
 	}
@@ -173,7 +176,7 @@ func TestALongProofHasAnAllowanceOfItsOwnAndAMemberHasItBack(t *testing.T) {
 			if got := turns.answers.spent; got != c.answers {
 				t.Errorf("behind %d rotations the answer has taken %v, want %v", c.rotations, got, c.answers)
 			}
-			if got := turns.proofs.spent; got < c.least || got > c.most {
+			if got := turns.proofs[0].spent; got < c.least || got > c.most {
 				t.Errorf("behind %d rotations the proof has taken %v, want %v to %v", c.rotations, got, c.least, c.most)
 			}
 			for _, s := range []*side{a, b} {
@@ -206,29 +209,65 @@ func TestALongProofHoldsNobodyElseUp(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		o, end := lane(t, t.Context(), turns, "a member")
-		defer end()
-		begin := time.Now()
-		check(t, o.answer(takes(time.Millisecond)))
-		check(t, o.verify(shortProof, takes(time.Millisecond)))
-		if d := time.Since(begin); d != 2*time.Millisecond {
-			t.Errorf("a member has its answer and its proof after %v", d)
+		turns.Vouch("known")
+		for source, n := range map[string]int{"a member": shortProof, "known": message3Most} {
+			o, end := lane(t, t.Context(), turns, source)
+			defer end()
+			begin := time.Now()
+			check(t, o.answer(takes(time.Millisecond)))
+			check(t, o.verify(n, takes(time.Millisecond)))
+			if d := time.Since(begin); d != 2*time.Millisecond {
+				t.Errorf("%s has its answer and its proof of %d bytes after %v", source, n, d)
+			}
 		}
 		all.Wait()
 		if waited == 0 {
 			t.Error("nobody waited for long: nothing is proved")
 		}
-		if over := turns.proofs.spent - strangersBurst*2; over > 0 {
+		if over := turns.proofs[0].spent - strangersBurst*2; over > 0 {
 			t.Errorf("%v more are spent than there are", over)
 		}
 	})
 }
 
+// The first answer of a busy moment tells a price at which a long proof would take more than there is.
+func TestALongProofIsNotHeldToThePriceOfABusyMoment(t *testing.T) {
+	for _, falls := range []bool{false, true} {
+		on(t, 1, func(t *testing.T, turns *Turns) {
+			turns.begin()
+			turns.price = strangersBurst
+			proof := func() {
+				o, end := lane(t, t.Context(), turns, "")
+				defer end()
+				check(t, o.verify(message3Most, takes(0)))
+			}
+			begin := time.Now()
+			proof()
+			if d := time.Since(begin); d != 0 {
+				t.Errorf("the first waits for %v", d)
+			}
+			if !falls {
+				return
+			}
+			go func() {
+				time.Sleep(time.Second)
+				turns.mu.Lock()
+				defer turns.mu.Unlock()
+				turns.price = time.Millisecond
+			}()
+			proof()
+			if d := time.Since(begin); d > 2*time.Second {
+				t.Errorf("the second waits for %v", d)
+			}
+		})
+	}
+}
+
 func TestSourcesTakeTurnsAndThoseThatAreKnownHaveThreeOfFour(t *testing.T) {
 	on(t, 2, func(t *testing.T, turns *Turns) {
 		turns.begin()
-		turns.proved("member", 0)
-		turns.proved("friend", 0)
+		turns.proved("member")
+		turns.proved("friend")
 		spend(turns)
 		var mu sync.Mutex
 		var order strings.Builder
@@ -315,9 +354,9 @@ func TestNoMoreSourcesAreRememberedThanTheBound(t *testing.T) {
 	on(t, 2, func(t *testing.T, turns *Turns) {
 		turns.begin()
 		for i := range knownSources + 100 {
-			turns.proved(fmt.Sprint(i), 0)
+			turns.proved(fmt.Sprint(i))
 		}
-		turns.proved("", 0)
+		turns.proved("")
 		if len(turns.known) != knownSources {
 			t.Errorf("%d", len(turns.known))
 		}
