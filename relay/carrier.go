@@ -5,11 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -52,6 +50,7 @@ const (
 	// answered counts as one: it is good for a stream, which may come late.
 	carrierStreams = 2 * carrierLanes
 	owedTime       = time.Minute
+	buryEvery      = 100 * time.Millisecond
 )
 
 // carrierConfig settles what yamux's defaults get wrong here: an open that is not
@@ -128,17 +127,9 @@ func (c *wary) pinged() bool {
 // until the other end closes too.
 type carried struct {
 	*yamux.Stream
-	once  sync.Once
-	ended atomic.Bool      // the other end has closed, and all that it sent was read
-	over  func(ended bool) // told when it is closed
-}
-
-func (c *carried) Read(b []byte) (int, error) {
-	n, err := c.Stream.Read(b)
-	if err == io.EOF {
-		c.ended.Store(true)
-	}
-	return n, err
+	once sync.Once
+	of   *carrier // at the relay: where it counts until it is gone
+	over func()   // told when it is closed
 }
 
 // CloseWrite ends this direction.
@@ -152,7 +143,10 @@ func (c *carried) Close() error {
 		go func() {
 			c.Stream.Close()
 			if c.over != nil {
-				c.over(c.ended.Load())
+				c.over()
+			}
+			if c.of != nil {
+				c.of.bury(c.Stream)
 			}
 		}()
 	})
@@ -170,6 +164,7 @@ type carrier struct {
 	lanes   int         // offered or there; under the server's lock, as owed and retired
 	owed    []time.Time // when what has not come as a stream was offered, the oldest first
 	retired bool        // no more will come
+	dead    bool        // the session has ended
 }
 
 // attach invites the outlet's carrier and starts taking its lanes.
@@ -196,6 +191,7 @@ func (r *registration) attach(ctx context.Context) error {
 			lane, err := session.AcceptStream()
 			if err != nil {
 				r.conn.Reset(stream.CodeTarget, "the carrier is gone")
+				r.carrier.die()
 				return
 			}
 			s.all.Go(func() { r.lane(lane) })
@@ -214,23 +210,52 @@ func (c *carrier) retire() {
 	}
 }
 
-// reserve takes a place for a lane that is about to be offered; over gives it back.
+// reserve takes a place for a lane that is about to be offered; give gives it back. Among the lanes of all
+// carriers the offer counts until a minute is over, or the stream that came for it is gone.
 func (c *carrier) reserve() error {
 	streams := c.session.NumStreams() // not under the lock: yamux may hold its own while it writes
 	now := time.Now()
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
-	for len(c.owed) > 0 && now.Sub(c.owed[0]) > owedTime {
-		c.owed = c.owed[1:]
-	}
-	if c.fullLocked() || streams+len(c.owed) >= carrierStreams {
+	c.forgetLocked(now.Add(-owedTime))
+	if c.dead || c.fullLocked() || streams+len(c.owed) >= carrierStreams {
 		return errCarrierFull
 	}
 	c.owed = append(c.owed, now)
 	c.lanes++
-	c.member.carried++
-	c.server.carried++
+	c.countLocked(1)
 	return nil
+}
+
+// countLocked counts n more among the lanes of all carriers.
+func (c *carrier) countLocked(n int) {
+	c.member.carried += n
+	c.server.carried += n
+}
+
+// forgetLocked forgets the offers until then that have not come as a stream.
+func (c *carrier) forgetLocked(until time.Time) {
+	n := 0
+	for n < len(c.owed) && !c.owed[n].After(until) {
+		n++
+	}
+	c.owed = c.owed[n:]
+	c.countLocked(-n)
+}
+
+// forget is forgetLocked of what was offered a minute ago.
+func (c *carrier) forget() {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	c.forgetLocked(time.Now().Add(-owedTime))
+}
+
+// die is told that no stream will come any more.
+func (c *carrier) die() {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	c.dead = true
+	c.forgetLocked(time.Now())
 }
 
 // fullLocked reports whether it takes no more lanes.
@@ -239,7 +264,8 @@ func (c *carrier) fullLocked() bool {
 	return c.lanes >= carrierLanes || c.server.carried >= most || c.member.carried >= max(most/2, 1)
 }
 
-// owes counts a stream that has come, and is false when none was offered.
+// owes counts a stream that has come, and is false when none was offered. The stream has the offer's
+// place among the lanes of all carriers.
 func (c *carrier) owes() bool {
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
@@ -250,30 +276,35 @@ func (c *carrier) owes() bool {
 	return true
 }
 
-// over gives back the place of a lane. What it holds is gone when the outlet has closed it, too; else
-// yamux keeps it for StreamCloseTimeout, for as long as the carrier and the relay are there.
-func (c *carrier) over(ended bool) {
-	c.give()
-	if !ended {
-		t := time.NewTimer(2 * lingerTime)
-		defer t.Stop()
+// bury waits until a stream that is closed here is gone, and gives back what it counted for. yamux keeps
+// what comes for it until the outlet has closed it too, or for StreamCloseTimeout.
+func (c *carrier) bury(y *yamux.Stream) {
+	t := time.NewTicker(buryEvery)
+	defer t.Stop()
+	b := make([]byte, 4<<10)
+	for end := time.Now().Add(2 * lingerTime); time.Now().Before(end); {
+		// Its deadline is over: a read takes what is there, and never waits.
+		_, err := y.Read(b)
+		if err == nil {
+			continue
+		}
+		if err != yamux.ErrTimeout {
+			break
+		}
 		select {
 		case <-t.C:
+			continue
 		case <-c.session.CloseChan():
 		case <-c.server.stop.Done():
 		}
+		break
 	}
-	c.free()
-}
-
-// free gives back what the lane counted for among the lanes of all carriers.
-func (c *carrier) free() {
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
-	c.member.carried--
-	c.server.carried--
+	c.countLocked(-1)
 }
 
+// give gives back the place in the carrier.
 func (c *carrier) give() {
 	c.server.mu.Lock()
 	c.lanes--
@@ -299,7 +330,7 @@ func (r *registration) lane(y *yamux.Stream) {
 		r.carrier.session.Close()
 		return
 	}
-	c := &carried{Stream: y}
+	c := &carried{Stream: y, of: r.carrier}
 	c.SetReadDeadline(time.Now().Add(showTime))
 	p, err := channel.ReadPreface(c)
 	if err != nil || p.Kind != channel.KindLane {

@@ -31,7 +31,7 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	over, free := make(chan struct{}), make(chan struct{})
-	c := &carried{Stream: y, over: func(bool) { close(over) }}
+	c := &carried{Stream: y, over: func() { close(over) }}
 	go func() {
 		var reader sync.WaitGroup
 		reader.Go(func() { io.ReadAll(c) })
@@ -81,7 +81,7 @@ func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 	}
 	giveUp := func(n int) {
 		for range n {
-			c.over(true)
+			c.give()
 		}
 	}
 	if n := offer(); n != carrierLanes {
@@ -98,7 +98,7 @@ func TestOffersThatAreNotAnsweredTakeRoomInACarrier(t *testing.T) {
 	if !c.owes() || offer() != 1 {
 		t.Error("a stream that has come makes no room")
 	}
-	c.over(true)
+	c.give()
 	c.owed = slices.Repeat([]time.Time{time.Now().Add(-owedTime - time.Second)}, carrierStreams)
 	if n := offer(); n != carrierLanes || len(c.owed) != carrierLanes {
 		t.Errorf("%d lanes after a minute, %d offers", n, len(c.owed))
@@ -215,8 +215,9 @@ func TestLanesInCarriersAreBoundedOverAllCarriers(t *testing.T) {
 		t.Errorf("a third has %d beyond all", n)
 	}
 	for _, c := range all {
-		for c.lanes > 0 {
-			c.over(true)
+		c.die()
+		if err := c.reserve(); err == nil {
+			t.Error("a carrier that has ended takes a lane")
 		}
 	}
 	if s.carried != 0 || one.carried != 0 || other.carried != 0 {
@@ -224,31 +225,92 @@ func TestLanesInCarriersAreBoundedOverAllCarriers(t *testing.T) {
 	}
 }
 
-// A lane that the outlet has not ended keeps what it holds until yamux gives the stream up.
-func TestALaneThatIsNotEndedCountsInAllCarriersUntilItIsGone(t *testing.T) {
-	session, _ := pipedSession(t)
+// What a lane holds counts among the lanes of all carriers until yamux has nothing of it any more, whether or not
+// the lane came about.
+func TestAStreamCountsInAllCarriersUntilItIsGone(t *testing.T) {
+	near, far := net.Pipe()
+	config := carrierConfig(slog.New(slog.DiscardHandler), carrierWindow)
+	session, err := yamux.Server(near, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	outlet, err := yamux.Client(far, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer outlet.Close()
 	s := &Server{Limits: Limits{Carried: DefaultCarried}, stop: t.Context()}
 	c := &carrier{server: s, member: new(member), session: session}
-	check := func(lanes, carried int) {
+	check := func(what string, lanes, carried int) {
 		t.Helper()
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if c.lanes != lanes || s.carried != carried || c.member.carried != carried {
-			t.Errorf("%d lanes, %d in all carriers, %d of its owner; want %d, %d, %d", c.lanes, s.carried, c.member.carried, lanes, carried, carried)
+			t.Errorf("%s: %d lanes, %d in all carriers, %d of its owner; want %d, %d, %d", what, c.lanes, s.carried, c.member.carried, lanes, carried, carried)
 		}
 	}
-	for range 2 {
+	comes := func() (here *carried, there *yamux.Stream) {
+		t.Helper()
+		there, err := outlet.OpenStream()
+		if err != nil {
+			t.Fatal(err)
+		}
+		y, err := session.AcceptStream()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !c.owes() {
+			t.Fatal("it was not offered")
+		}
+		return &carried{Stream: y, of: c}, there
+	}
+	gone := func(n int) {
+		t.Helper()
+		for end := time.Now().Add(lingerTime); ; runtime.Gosched() { // before yamux gives it up
+			s.mu.Lock()
+			left := s.carried
+			s.mu.Unlock()
+			if left == n {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%d count, want %d", left, n)
+			}
+		}
+	}
+	for range 3 {
 		if err := c.reserve(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c.over(true)
-	check(1, 1)
-	done := make(chan struct{})
-	go func() { c.over(false); close(done) }()
-	waits(t, "select", "relay.(*carrier).over(")
-	check(0, 1)
+	lane, its := comes()
+	lane.over = c.give
+	c.give() // two that did not come about, of which one comes late
+	c.give()
+	check("one that came and two that did not", 1, 3)
+	late, lates := comes()
+	late.Close()
+	lates.Write(make([]byte, 1000))
+	check("one that is closed here and not there", 1, 3)
+	lates.Close()
+	gone(2)
+	lane.Close()
+	its.Close()
+	gone(1)
+	check("one that never came", 0, 1)
+	c.owed[0] = c.owed[0].Add(-owedTime)
+	c.forget()
+	check("a minute later", 0, 0)
+
+	if err := c.reserve(); err != nil {
+		t.Fatal(err)
+	}
+	lane, _ = comes()
+	lane.over = c.give
+	lane.Close()
+	waits(t, "select", "relay.(*carrier).bury(")
+	check("one that its outlet does not end", 0, 1)
 	session.Close()
-	<-done
-	check(0, 0)
+	gone(0)
 }

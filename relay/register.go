@@ -161,9 +161,10 @@ func (r *registration) summon(ctx context.Context, key [32]byte) (net.Conn, erro
 	}
 	c, err := r.meet(ctx, key)
 	if lane, ok := c.(*carried); ok {
-		lane.over = r.carrier.over
+		lane.over = r.carrier.give
 	} else { // none, or by a connection of its own
-		r.carrier.over(true)
+		r.carrier.give()
+		time.AfterFunc(owedTime, r.carrier.forget)
 	}
 	return c, err
 }

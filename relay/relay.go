@@ -146,6 +146,7 @@ func (s *Server) init() {
 				*l.n = l.more
 			}
 		}
+		s.Limits.CarriedWindow = min(max(s.Limits.CarriedWindow, 256<<10), 1<<30) // the least of yamux, and what its counters hold
 		if s.Limits.Link.Stream.Budget == nil {
 			s.Limits.Link.Stream.Budget = new(stream.Budget)
 		}
