@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"log/slog"
 	"math"
 	"os"
@@ -39,7 +40,9 @@ const (
 	channelCost  = 32 << 10 // a confirmed channel without streams
 	laneCost     = 64 << 10 // a joined lane of a relay: a buffer of 16 KiB each way while little goes by, two goroutines
 	carriedCost  = 2 << 20  // such a lane in a carrier whose caller takes nothing: a window of 1 MiB in a buffer that doubles
-	// Where memory is short a window has 256 KiB, which is yamux's least: slower over long lines, and four lanes for one.
+	// Where there would be less than few of those a window has 256 KiB, which is yamux's least: slower over long
+	// lines, and four lanes for one.
+	few          = 256
 	narrowWindow = 256 << 10
 	narrowCost   = 2 * narrowWindow
 	streamCost   = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
@@ -146,12 +149,12 @@ func (r room) relay() relay.Limits {
 	left = max(left/(laneDescriptors+2*pipeDescriptors), (left-relay.MaxPipes*pipeDescriptors)/laneDescriptors)
 	lanes := r.fit(relay.DefaultLanes, left, r.memory/4/laneCost)
 	carried, window := r.fit(relay.DefaultCarried, lanes, r.memory/8/carriedCost), 0
-	if r.memory/8/carriedCost < relay.DefaultCarried {
-		carried, window = r.fit(relay.DefaultCarried, lanes, r.memory/8/narrowCost), narrowWindow
+	if carried < min(lanes, few) {
+		carried, window = r.fit(few, lanes, r.memory/8/narrowCost), narrowWindow
 	}
 	if lanes < relay.DefaultLanes || carried < relay.DefaultCarried {
 		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n or more memory raises it",
-			"lanes", lanes, "in carriers", carried, "descriptors", r.descriptors, "memory", r.memoryText())
+			"lanes", lanes, "in carriers", carried, "their window", cmp.Or(window, 1<<20), "descriptors", r.descriptors, "memory", r.memoryText())
 	}
 	return relay.Limits{Lanes: lanes, Carried: carried, CarriedWindow: window, Link: l}
 }

@@ -53,9 +53,12 @@ func TestAnIdentityHasItsShareOfAnOutletWhateverThereIsRoomFor(t *testing.T) {
 // Whatever others make a process hold is within what it has, and everything is there at least once.
 func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 	for _, descriptors := range []int{1, 100, 256, 1024, 20000} {
-		for _, memory := range []int64{1 << 20, 32 << 20, 102 << 20, math.MaxInt64} {
+		for _, memory := range []int64{1 << 20, 32 << 20, 102 << 20, 4 << 30, math.MaxInt64} {
 			r := room{descriptors: descriptors, memory: memory, log: slog.New(slog.DiscardHandler)}
-			l, lanes, carried := r.link(), r.relay().Lanes, r.relay().Carried
+			l, lanes, carried, each := r.link(), r.relay().Lanes, r.relay().Carried, carriedCost
+			if r.relay().CarriedWindow != 0 {
+				each = narrowCost
+			}
 			out, command := r.outlet(20000, false).Streams, r.outlet(20000, true).Streams
 			var in inlet.Server
 			r.inlet(&in, 20000)
@@ -87,7 +90,7 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 			}
 			channels := int64(l.HalfOpen*halfOpenCost + l.Channels*channelCost)
 			held := 2 * l.Stream.Budget.Limit
-			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*narrowCost), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
+			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*each), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
 				if all := channels + held + n; all > memory/16*13 {
 					t.Errorf("%s may be made to hold %d of %d MiB", role, all>>20, memory>>20)
 				}

@@ -206,12 +206,15 @@ func listTickets(ctx context.Context, s *session, home string) error {
 		if err := askAuthority(ctx, s, home, "ticket.list", after, &page); err != nil {
 			return err
 		}
-		// Of an authority's process that knows no cursor each page is the first.
-		if len(page) == 0 || len(tickets) > 0 && page[0].Ref == tickets[0].Ref {
+		if len(page) == 0 {
+			break
+		}
+		last := page[len(page)-1]
+		// Of an authority's process that knows no cursor each page is all there is.
+		if len(authority.TicketsAfter([]authority.TicketInfo{last}, after.Created, after.Ref)) == 0 {
 			break
 		}
 		tickets = append(tickets, page...)
-		last := page[len(page)-1]
 		after = ticketCursor{Created: last.Created, Ref: last.Ref}
 	}
 	if s.json {
