@@ -161,7 +161,7 @@ type carrier struct {
 	session *yamux.Session
 	member  *member     // whose it is
 	hops    int         // relays that have passed conn on, and so every lane in it
-	lanes   int         // offered or there; under the server's lock, as owed and retired
+	lanes   int         // offered or there; under the server's lock, as what follows
 	owed    []time.Time // when what has not come as a stream was offered, the oldest first
 	retired bool        // no more will come
 	dead    bool        // the session has ended
@@ -191,6 +191,7 @@ func (r *registration) attach(ctx context.Context) error {
 			lane, err := session.AcceptStream()
 			if err != nil {
 				r.conn.Reset(stream.CodeTarget, "the carrier is gone")
+				session.Close() // also when it is only slow: a stream that nobody accepts counts nowhere
 				r.carrier.die()
 				return
 			}

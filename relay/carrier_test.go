@@ -303,6 +303,26 @@ func TestAStreamCountsInAllCarriersUntilItIsGone(t *testing.T) {
 	c.forget()
 	check("a minute later", 0, 0)
 
+	// A stream takes the place of the oldest offer: of two, one that failed and one that came 5 s later, the
+	// later one is left, for its own minute.
+	for range 2 {
+		if err := c.reserve(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.owed[0] = c.owed[0].Add(-owedTime)
+	lane, its = comes()
+	lane.over = c.give
+	c.give()
+	c.forget() // the failed one's minute is over
+	check("one whose place a stream took", 1, 2)
+	c.owed[0] = c.owed[0].Add(-owedTime)
+	c.forget()
+	check("a minute behind the stream's own", 1, 1)
+	lane.Close()
+	its.Close()
+	gone(0)
+
 	if err := c.reserve(); err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,7 @@ type member struct {
 	refs int            // control channels, lanes, registrations: kept while there are any, and see forget
 
 	outstanding, lanes, registrations int
-	carried                           int // lanes in its carriers
+	carried                           int // as the server's, in its carriers
 	asks, registers                   bucket
 	forget                            *time.Timer // of one with refs 0: it is remembered until then
 }

@@ -159,12 +159,13 @@ func (r *registration) summon(ctx context.Context, key [32]byte) (net.Conn, erro
 	if err := r.carrier.reserve(); err != nil {
 		return nil, err
 	}
+	// For each: a stream takes the place of the oldest offer, not of its own.
+	time.AfterFunc(owedTime, r.carrier.forget)
 	c, err := r.meet(ctx, key)
 	if lane, ok := c.(*carried); ok {
 		lane.over = r.carrier.give
 	} else { // none, or by a connection of its own
 		r.carrier.give()
-		time.AfterFunc(owedTime, r.carrier.forget)
 	}
 	return c, err
 }

@@ -124,7 +124,7 @@ type Server struct {
 	controls map[*link.Live]*control
 	lanes    int           // asked for and not over
 	foreign  int           // of them, those of whoever has shown no credential
-	carried  int           // lanes offered or there in all carriers
+	carried  int           // offers and streams of all carriers that may still hold something
 	idle     chan struct{} // closed when lanes became 0; nil: nobody waits
 }
 

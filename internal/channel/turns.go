@@ -324,9 +324,10 @@ func (o *opening) verify(n int, f func() error) error {
 		return o.compute(f)
 	}
 	t.begin()
+	back := func() {}
 	if n > shortProof {
-		back, err := t.long(o.ctx, o.config.Source, n)
-		if err != nil {
+		var err error
+		if back, err = t.long(o.ctx, o.config.Source, n); err != nil {
 			return lost(err)
 		}
 		o.back = back
@@ -336,9 +337,7 @@ func (o *opening) verify(n int, f func() error) error {
 		defer func() { <-t.lasts }()
 		return o.compute(f)
 	case <-o.ctx.Done():
-		if o.back != nil {
-			o.back() // nothing was verified
-		}
+		back() // nothing was verified
 		return lost(context.Cause(o.ctx))
 	}
 }
