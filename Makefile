@@ -1,5 +1,5 @@
 # make test    everything a change must pass; installs what tests need (Debian) and says so
-# make long    the same tests in their long forms and a minute for each fuzz target, under two hours; prints the figures
+# make long    the same tests in their long forms and a minute for each fuzz target, some two hours; prints the figures
 # make bench   side by side, a quarter of an hour: nothing, plain forwarders, the peers that are installed, portal
 # make build   bin/portal, static
 
