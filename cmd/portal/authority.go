@@ -442,7 +442,10 @@ func (d *desk) list(ctx context.Context, after ticketCursor) ([]json.RawMessage,
 	}
 	page := []json.RawMessage{}
 	size := 0
-	for _, t := range authority.TicketsAfter(tickets, after.Created, after.Ref) {
+	for _, t := range tickets {
+		if !t.Behind(after.Created, after.Ref) {
+			continue
+		}
 		b, err := json.Marshal(t)
 		if err != nil {
 			return nil, err

@@ -181,11 +181,7 @@ func runConnect(ctx context.Context, s *session, o connectOptions) error {
 	signals := make(chan os.Signal, 4)
 	hear(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
 	defer signal.Stop(signals)
-	// Not ignored, which CMD would inherit: a write to a pipe that nobody reads is
-	// an error here.
-	pipes := make(chan os.Signal, 1)
-	signal.Notify(pipes, syscall.SIGPIPE)
-	defer signal.Stop(pipes)
+	surviveReaders()
 
 	m, err := s.memberFor(ctx, p.route, o.member)
 	if err != nil {

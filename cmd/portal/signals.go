@@ -54,13 +54,16 @@ func (s *session) supervise(ctx context.Context, j job) error {
 	signals := make(chan os.Signal, 4)
 	hear(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
-	// Whoever reads our lines may go. Not ignored, which an outlet's commands would inherit;
-	// to the end of the process, since the last lines are written behind this.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	surviveReaders()
 	defer s.visible(j.home, j.entries...)()
 	// Asked now: when the terminal hangs up it is not there to be found.
 	return s.govern(ctx, j, signals, controllingTerminal())
 }
+
+// surviveReaders has a write to a pipe that nobody reads be an error like another; unasked for, it
+// ends the process. Not ignored, which commands would inherit; to the end of the process, since the
+// last lines are written behind whoever asks.
+func surviveReaders() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 // hear is signal.Notify without the signals that whoever started this process
 // has it ignore: Notify would undo that.

@@ -7,10 +7,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -91,11 +89,7 @@ func createTicket(ctx context.Context, s *session, o ticketOptions) error {
 
 // handOver writes the ticket to where it was asked for, and says what it grants.
 func handOver(s *session, o ticketOptions, out outFile, t *identity.Ticket, reply ticketReply, grants map[string]any) error {
-	// A reader that is gone is an error like another; unasked for, it ends the
-	// process.
-	gone := make(chan os.Signal, 1)
-	signal.Notify(gone, syscall.SIGPIPE)
-	defer signal.Stop(gone)
+	surviveReaders()
 	if err := out.write(reply.Ticket); err != nil {
 		return err
 	}
@@ -211,7 +205,7 @@ func listTickets(ctx context.Context, s *session, home string) error {
 		}
 		last := page[len(page)-1]
 		// Of an authority's process that knows no cursor each page is all there is.
-		if len(authority.TicketsAfter([]authority.TicketInfo{last}, after.Created, after.Ref)) == 0 {
+		if !last.Behind(after.Created, after.Ref) {
 			break
 		}
 		tickets = append(tickets, page...)

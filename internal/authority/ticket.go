@@ -232,17 +232,10 @@ func (s *Server) Tickets(ctx context.Context) ([]TicketInfo, error) {
 	return list, nil
 }
 
-// TicketsAfter is what stands in Tickets behind the ticket that was created then and is called ref, whether it
-// is still there or not; the zero time is before all.
-func TicketsAfter(list []TicketInfo, created time.Time, ref string) []TicketInfo {
-	if created.IsZero() {
-		return list
-	}
-	i := slices.IndexFunc(list, func(t TicketInfo) bool { return t.order(created, ref) > 0 })
-	if i < 0 {
-		return nil
-	}
-	return list[i:]
+// Behind reports whether the ticket stands in Tickets behind the one that was created then and is called ref,
+// whether that is still there or not; each does behind the zero time.
+func (t TicketInfo) Behind(created time.Time, ref string) bool {
+	return created.IsZero() || t.order(created, ref) > 0
 }
 
 // order is that of listings: the newest first, then by name.
