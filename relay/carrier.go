@@ -41,10 +41,9 @@ func ParseCarrier(s string) (Carrier, error) {
 }
 
 const (
-	// carrierLanes bounds the lanes of one carrier, and carrierWindow what each may
-	// have on its way: together 64 MiB at each end. A relay's may be less (Limits.CarriedWindow).
-	carrierLanes  = 64
-	carrierWindow = 1 << 20
+	// carrierLanes bounds the lanes of one carrier, and DefaultCarriedWindow what each may
+	// have on its way: together 64 MiB at each end.
+	carrierLanes = 64
 	// At so many streams nothing is offered: those that are over here and not at the other end hold
 	// their windows for as long as twice lingerTime. Each offer of the last minute that was not
 	// answered counts as one: it is good for a stream, which may come late.

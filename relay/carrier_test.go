@@ -22,7 +22,7 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 	a, b := net.Pipe() // whoever writes to it waits for a reader
 	defer b.Close()
 	go io.ReadFull(b, make([]byte, 12)) // the stream's beginning, and no more
-	session, err := yamux.Client(a, carrierConfig(slog.New(slog.DiscardHandler), carrierWindow))
+	session, err := yamux.Client(a, carrierConfig(slog.New(slog.DiscardHandler), DefaultCarriedWindow))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +58,7 @@ func TestCloseOfALaneInAStuckCarrierDoesNotWait(t *testing.T) {
 func pipedSession(t *testing.T) (*yamux.Session, net.Conn) {
 	t.Helper()
 	a, b := net.Pipe()
-	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler), carrierWindow))
+	session, err := yamux.Server(a, carrierConfig(slog.New(slog.DiscardHandler), DefaultCarriedWindow))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestLanesInCarriersAreBoundedOverAllCarriers(t *testing.T) {
 // the lane came about.
 func TestAStreamCountsInAllCarriersUntilItIsGone(t *testing.T) {
 	near, far := net.Pipe()
-	config := carrierConfig(slog.New(slog.DiscardHandler), carrierWindow)
+	config := carrierConfig(slog.New(slog.DiscardHandler), DefaultCarriedWindow)
 	session, err := yamux.Server(near, config)
 	if err != nil {
 		t.Fatal(err)

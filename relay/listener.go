@@ -313,7 +313,7 @@ func (l *Listener) carry(ctx context.Context, live *link.Live, st *stream.Conn) 
 	if err != nil {
 		return nil, err
 	}
-	session, err := yamux.Client(&wary{Conn: lane.Conn}, carrierConfig(l.client.log, carrierWindow))
+	session, err := yamux.Client(&wary{Conn: lane.Conn}, carrierConfig(l.client.log, DefaultCarriedWindow))
 	if err != nil {
 		stream.Abort(lane)
 		return nil, fmt.Errorf("beginning the carrier: %w", err)

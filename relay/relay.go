@@ -41,7 +41,8 @@ type Limits struct {
 	// yamux keeps what the caller's side does not take, up to a window in a buffer that doubles.
 	// Default 1,024.
 	Carried int
-	// CarriedWindow is that window, in bytes; default 1 MiB, 256 KiB at least.
+	// CarriedWindow is that window, in bytes; default DefaultCarriedWindow, at least
+	// LeastCarriedWindow.
 	CarriedWindow int
 	// Outstanding is how many lanes an identity may have asked for that have not
 	// been joined; default 16. Each holds an id, a goroutine and at most one
@@ -57,10 +58,13 @@ type Limits struct {
 // answers in a moment.
 const foreignShare = 8
 
-// DefaultLanes and DefaultCarried are the defaults of Limits.Lanes and Limits.Carried.
+// The defaults of Limits.Lanes, Limits.Carried and Limits.CarriedWindow, and the least that yamux takes
+// for the last.
 const (
-	DefaultLanes   = 8192
-	DefaultCarried = 1024
+	DefaultLanes         = 8192
+	DefaultCarried       = 1024
+	DefaultCarriedWindow = 1 << 20
+	LeastCarriedWindow   = 256 << 10
 )
 
 // MaxPipes is how many pipes a process has at most, of two descriptors each: one for a direction
@@ -139,14 +143,14 @@ func (s *Server) init() {
 			more int
 		}{
 			{&s.Limits.Lanes, DefaultLanes}, {&s.Limits.LanesEach, defaultLanesEach}, {&s.Limits.Carried, DefaultCarried},
-			{&s.Limits.CarriedWindow, carrierWindow},
+			{&s.Limits.CarriedWindow, DefaultCarriedWindow},
 			{&s.Limits.Outstanding, defaultOutstanding}, {&s.Limits.Registrations, defaultRegistrations},
 		} {
 			if *l.n <= 0 {
 				*l.n = l.more
 			}
 		}
-		s.Limits.CarriedWindow = min(max(s.Limits.CarriedWindow, 256<<10), 1<<30) // the least of yamux, and what its counters hold
+		s.Limits.CarriedWindow = min(max(s.Limits.CarriedWindow, LeastCarriedWindow), 1<<30) // what yamux can count
 		if s.Limits.Link.Stream.Budget == nil {
 			s.Limits.Link.Stream.Budget = new(stream.Budget)
 		}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"log/slog"
 	"math"
 	"os"
@@ -39,13 +38,11 @@ const (
 	halfOpenCost = 16 << 10 // a lane that has not proved itself
 	channelCost  = 32 << 10 // a confirmed channel without streams
 	laneCost     = 64 << 10 // a joined lane of a relay: a buffer of 16 KiB each way while little goes by, two goroutines
-	carriedCost  = 2 << 20  // such a lane in a carrier whose caller takes nothing: a window of 1 MiB in a buffer that doubles
-	// Where there would be less than few of those a window has 256 KiB, which is yamux's least: slower over long
-	// lines, and four lanes for one.
-	few          = 256
-	narrowWindow = 256 << 10
-	narrowCost   = 2 * narrowWindow
-	streamCost   = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
+	// A lane in a carrier whose caller takes nothing fills its window, in a buffer that doubles. Where there
+	// would be less than few of them the window is the least: slower over long lines, and four lanes for one.
+	carriedCost = 2 // windows
+	few         = 256
+	streamCost  = 64 << 10 // two buffers that wait for a lane which takes nothing, one in hand; idle 13 KiB
 
 	// A joined lane of a relay has two sockets and, while much goes by, a pipe each way: of
 	// these there are at most relay.MaxPipes.
@@ -148,13 +145,15 @@ func (r room) relay() relay.Limits {
 	left := r.left(l.HalfOpen, l.Channels)
 	left = max(left/(laneDescriptors+2*pipeDescriptors), (left-relay.MaxPipes*pipeDescriptors)/laneDescriptors)
 	lanes := r.fit(relay.DefaultLanes, left, r.memory/4/laneCost)
-	carried, window := r.fit(relay.DefaultCarried, lanes, r.memory/8/carriedCost), 0
+	window := relay.DefaultCarriedWindow
+	carried := r.fit(relay.DefaultCarried, lanes, r.memory/8/carriedCost/relay.DefaultCarriedWindow)
 	if carried < min(lanes, few) {
-		carried, window = r.fit(few, lanes, r.memory/8/narrowCost), narrowWindow
+		window = relay.LeastCarriedWindow
+		carried = r.fit(few, lanes, r.memory/8/carriedCost/relay.LeastCarriedWindow)
 	}
 	if lanes < relay.DefaultLanes || carried < relay.DefaultCarried {
 		r.log.Info("the descriptors or the memory bound how many lanes there may be at once; a higher ulimit -n or more memory raises it",
-			"lanes", lanes, "in carriers", carried, "their window", cmp.Or(window, 1<<20), "descriptors", r.descriptors, "memory", r.memoryText())
+			"lanes", lanes, "in carriers", carried, "their window", window, "descriptors", r.descriptors, "memory", r.memoryText())
 	}
 	return relay.Limits{Lanes: lanes, Carried: carried, CarriedWindow: window, Link: l}
 }

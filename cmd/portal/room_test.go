@@ -20,7 +20,7 @@ func TestWhereThereIsPlentyEveryLimitIsItsDefault(t *testing.T) {
 	if l.HalfOpen != link.DefaultHalfOpen || l.Channels != link.DefaultChannels || l.Stream.Budget.Limit != stream.DefaultBudget {
 		t.Errorf("channels: %+v", l)
 	}
-	if l := r.relay(); l.Lanes != relay.DefaultLanes || l.Carried != relay.DefaultCarried || l.CarriedWindow != 0 {
+	if l := r.relay(); l.Lanes != relay.DefaultLanes || l.Carried != relay.DefaultCarried || l.CarriedWindow != relay.DefaultCarriedWindow {
 		t.Errorf("%d lanes, %d in carriers", l.Lanes, l.Carried)
 	}
 	if n := r.outlet(outlet.DefaultStreams, true).Streams; n != outlet.DefaultStreams {
@@ -55,10 +55,8 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 	for _, descriptors := range []int{1, 100, 256, 1024, 20000} {
 		for _, memory := range []int64{1 << 20, 32 << 20, 102 << 20, 4 << 30, math.MaxInt64} {
 			r := room{descriptors: descriptors, memory: memory, log: slog.New(slog.DiscardHandler)}
-			l, lanes, carried, each := r.link(), r.relay().Lanes, r.relay().Carried, carriedCost
-			if r.relay().CarriedWindow != 0 {
-				each = narrowCost
-			}
+			l, relays := r.link(), r.relay()
+			lanes, carried := relays.Lanes, relays.Carried
 			out, command := r.outlet(20000, false).Streams, r.outlet(20000, true).Streams
 			var in inlet.Server
 			r.inlet(&in, 20000)
@@ -90,7 +88,7 @@ func TestWhatIsSharedOutIsNotMoreThanThereIs(t *testing.T) {
 			}
 			channels := int64(l.HalfOpen*halfOpenCost + l.Channels*channelCost)
 			held := 2 * l.Stream.Budget.Limit
-			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*each), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
+			for role, n := range map[string]int64{"relay": int64(lanes*laneCost + carried*carriedCost*relays.CarriedWindow), "outlet": int64(out * streamCost), "inlet": int64(in.MaxStreams*streamCost) - channels, "connect": int64(doors*streamCost) - channels} {
 				if all := channels + held + n; all > memory/16*13 {
 					t.Errorf("%s may be made to hold %d of %d MiB", role, all>>20, memory>>20)
 				}
