@@ -249,12 +249,11 @@ func TestALongProofIsNotHeldToThePriceOfABusyMoment(t *testing.T) {
 			if !falls {
 				return
 			}
-			go func() {
-				time.Sleep(time.Second)
+			time.AfterFunc(time.Second, func() {
 				turns.mu.Lock()
 				defer turns.mu.Unlock()
 				turns.price = time.Millisecond
-			}()
+			})
 			proof()
 			if d := time.Since(begin); d > 2*time.Second {
 				t.Errorf("the second waits for %v", d)
