@@ -343,6 +343,22 @@ type track struct {
 	legs          [2]*proxy.Server
 }
 
+// A victim is one of a track's three processes: what kills it has to look who it is now, since restart puts
+// another one there.
+type victim struct {
+	name    string
+	process **process.Process
+	restart func()
+}
+
+func (k *track) victims() []victim {
+	return []victim{
+		{"relay", &k.relay, func() { k.open(k.at) }},
+		{"outlet", &k.out, k.openOutlet},
+		{"inlet", &k.in, k.openInlet},
+	}
+}
+
 func (x *crossing) track(name, carrier string) *track {
 	x.t.Helper()
 	k := &track{crossing: x, name: name, carrier: carrier, addr: "127.0.0.1:0"}

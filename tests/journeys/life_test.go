@@ -28,7 +28,8 @@ var ports atomic.Int32
 func free(t testing.TB) string {
 	t.Helper()
 	for range 10_000 {
-		port := 20_000 + (os.Getpid()+int(ports.Add(1)))%10_000
+		// Two of these processes at once, whose numbers are near one another, begin far apart.
+		port := 20_000 + (os.Getpid()*997+int(ports.Add(1)))%10_000
 		ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port)) // on every interface, as some will
 		if err != nil {
 			continue

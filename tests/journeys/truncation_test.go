@@ -42,15 +42,7 @@ func TestNoCutAcrossARelayIsAnEnd(t *testing.T) {
 				counts[cause] = new(atomic.Int64)
 			}
 
-			for _, victim := range []struct {
-				name    string
-				process **process.Process
-				restart func()
-			}{
-				{"relay", &x.relay, func() { x.open(x.at) }},
-				{"outlet", &k.out, k.openOutlet},
-				{"inlet", &k.in, k.openInlet},
-			} {
+			for _, victim := range k.victims() {
 				for i := range kills {
 					for _, down := range []bool{true, false} {
 						ready(t, k.addr)
@@ -266,15 +258,7 @@ func TestCurlNoticesEachCutOfADownloadWithoutALength(t *testing.T) {
 					k.legs[leg].Cut(d.Preface)
 					cuts++
 				}
-				for _, victim := range []struct {
-					name    string
-					process **process.Process
-					restart func()
-				}{
-					{"relay", &x.relay, func() { x.open(x.at) }},
-					{"outlet", &k.out, k.openOutlet},
-					{"inlet", &k.in, k.openInlet},
-				} {
+				for _, victim := range k.victims() {
 					ready(t, k.addr)
 					p := *victim.process // restart puts another one there
 					m := mark{1 + rand.IntN(transfer-1), func() { kill(t, p) }}
