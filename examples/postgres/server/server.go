@@ -52,14 +52,16 @@ const stopWithin = 20 * time.Second
 // SIGQUIT is PostgreSQL's immediate shutdown: nothing here is worth a checkpoint. It does not reach
 // a backend forked while the shutdown began, whose client has not spoken yet (a "dead-end" one, read
 // in 15's postmaster.c); that one goes at authentication_timeout, far below stopWithin.
+// $! names the child from its fork on, where a variable would name it one command later, with room
+// for a SIGTERM between. A shell starts its background children with SIGQUIT ignored: it is said
+// again until the child, which sets it otherwise, is gone.
 const supervise = `
 dir=$1 bin=$2 port=$3 connections=$4
-pid=
 cd / && umask 077
 trap 'rm -rf -- "$dir"' EXIT
-trap 'trap "" TERM; [ -z "$pid" ] || { kill -QUIT $pid; wait $pid; }; exit 0' TERM
-"$bin/initdb" -D "$dir/data" -U postgres -A trust -E UTF8 --locale=C --no-sync --no-instructions >&2 & pid=$!
-wait $pid || exit 1
+trap 'trap "" TERM; [ -z "$!" ] || { while kill -QUIT $! 2>/dev/null; do sleep 0.1; done; wait; }; exit 0' TERM
+"$bin/initdb" -D "$dir/data" -U postgres -A trust -E UTF8 --locale=C --no-sync --no-instructions >&2 &
+wait $! || exit 1
 cat >"$dir/data/pg_hba.conf" <<'end'
 local all all                   trust
 host  all postgres 127.0.0.1/32 reject
@@ -68,8 +70,8 @@ end
 "$bin/postgres" -D "$dir/data" -k "$dir" -p "$port" -c listen_addresses=127.0.0.1 -c max_connections="$connections" \
 	-c authentication_timeout=5s \
 	-c fsync=off -c synchronous_commit=off -c full_page_writes=off -c shared_buffers=32MB \
-	-c logging_collector=off -c log_destination=stderr -c lc_messages=C & pid=$!
-wait $pid
+	-c logging_collector=off -c log_destination=stderr -c lc_messages=C &
+wait $!
 `
 
 var (
